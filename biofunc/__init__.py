@@ -1,0 +1,50 @@
+"""biofunc: synapses for torch.func.
+
+Pure functions `rule(params, grads, state) -> (params, grads, state)` that make learning more like a brain's, composable
+with `functional_call`, `grad`, `vmap` and `torch.compile`.
+"""
+
+from biofunc import ensemble, random, schedules
+from biofunc.adam import adam, adamw
+from biofunc.chain import Chain, chain, init
+from biofunc.crystallize import crystallize
+from biofunc.decorator import rule
+from biofunc.descend import descend
+from biofunc.every import every
+from biofunc.fuzzy import fuzzy_learning_rates
+from biofunc.rejuvenate import rejuvenate_weights
+from biofunc.rule import Hyperparameter, Rule, named
+from biofunc.selection import layers
+from biofunc.sgd import sgd
+from biofunc.splitting import split_synapses
+from biofunc.state import BioState
+from biofunc.volume import volume_dependent_lr
+from biofunc.where import where
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BioState",
+    "Chain",
+    "Hyperparameter",
+    "Rule",
+    "adam",
+    "adamw",
+    "chain",
+    "crystallize",
+    "descend",
+    "ensemble",
+    "every",
+    "fuzzy_learning_rates",
+    "init",
+    "layers",
+    "named",
+    "random",
+    "rejuvenate_weights",
+    "rule",
+    "schedules",
+    "sgd",
+    "split_synapses",
+    "volume_dependent_lr",
+    "where",
+]

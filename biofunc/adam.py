@@ -1,0 +1,134 @@
+"""Adam and AdamW, as rules that turn gradients into an update direction."""
+
+import torch
+from torch import Tensor
+
+from biofunc.decorator import rule
+from biofunc.rule import Hyperparameter, Rule, as_rule
+from biofunc.state import BioState
+from biofunc.trees import Leaves
+
+__all__ = ["adam", "adamw"]
+
+_MOMENTS = {"mean": 0.0, "square": 0.0, "count": 0.0}
+_RANGES = {"beta1": "[0, 1)", "beta2": "[0, 1)", "eps": "[0, inf)", "weight_decay": "[0, inf)"}
+
+
+def adam(
+    *,
+    beta1: Hyperparameter = 0.9,
+    beta2: Hyperparameter = 0.999,
+    eps: Hyperparameter = 1e-8,
+    weight_decay: Hyperparameter = 0.0,
+) -> Rule:
+    """Makes the Adam rule: direction `m / (sqrt(v) + eps)` with the bias-corrected moments m of g and v of g^2.
+
+    `chain(adam(), descend(1e-3))` computes what `torch.optim.Adam(lr=1e-3)` does.
+
+    Args:
+        beta1: decay of the mean gradient, in [0, 1).
+        beta2: decay of the mean squared gradient, in [0, 1).
+        eps: added to the denominator, >= 0.
+        weight_decay: L2 penalty, >= 0, added to the gradient; 0: none.
+
+    Returns:
+        The rule, for `chain`. Where a rule of the chain re-draws synapses, each synapse counts its own steps: its
+        moments and their bias correction restart together.
+
+    Raises:
+        ValueError, TypeError: a number out of its range.
+
+    Phase: optimizer.
+
+    Source: Kingma, Ba 2015, arXiv 1412.6980, algorithm 1.
+    """
+    return as_rule(_adam).bind(beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
+
+
+def adamw(
+    *,
+    beta1: Hyperparameter = 0.9,
+    beta2: Hyperparameter = 0.999,
+    eps: Hyperparameter = 1e-8,
+    weight_decay: Hyperparameter = 1e-2,
+) -> Rule:
+    """Makes the AdamW rule: Adam's direction of the bare gradient, plus `weight_decay w`.
+
+    `chain(adamw(), descend(1e-3))` computes what `torch.optim.AdamW(lr=1e-3)` does.
+
+    Args:
+        beta1: decay of the mean gradient, in [0, 1).
+        beta2: decay of the mean squared gradient, in [0, 1).
+        eps: added to the denominator, >= 0.
+        weight_decay: decoupled decay per unit of learning rate, >= 0; 0: none.
+
+    Returns:
+        The rule, for `chain`; it counts steps as `adam` does.
+
+    Raises:
+        ValueError, TypeError: a number out of its range.
+
+    Phase: optimizer.
+
+    Source: Loshchilov, Hutter 2019, arXiv 1711.05101, algorithm 2.
+    """
+    return as_rule(_adamw).bind(beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
+
+
+def _moments(params: Leaves, state: BioState, *, redraws: bool, name: str) -> BioState:
+    zeros = {path: torch.zeros_like(w) for path, w in params.items()}
+    counts = {
+        path: zero.clone() if redraws and path in state.plasticity else state.step.to(zero.device, zero.dtype)
+        for path, zero in zeros.items()
+    }
+    return state.with_slot(name, mean=zeros, square={p: z.clone() for p, z in zeros.items()}, count=counts)
+
+
+def _direct(
+    grads: Leaves, state: BioState, name: str, beta1: float, beta2: float, eps: float
+) -> tuple[Leaves, BioState]:
+    slot = state.slots[name]
+    mean = {path: beta1 * slot["mean"][path] + (1 - beta1) * g for path, g in grads.items()}
+    square = {path: beta2 * slot["square"][path] + (1 - beta2) * g * g for path, g in grads.items()}
+    count = {path: slot["count"][path] + 1 for path in grads}
+
+    def direction(m: Tensor, v: Tensor, t: Tensor) -> Tensor:
+        m_hat = m / (1 - beta1**t)
+        v_hat = v / (1 - beta2**t)
+        return m_hat / (v_hat.sqrt() + eps)
+
+    directions = {path: direction(mean[path], square[path], count[path]) for path in grads}
+    return directions, state.with_slot(name, mean=mean, square=square, count=count)
+
+
+@rule(phase="optimizer", ranges=_RANGES, init=_moments, memory=_MOMENTS, every_leaf=True)
+def _adam(
+    params: Leaves,
+    grads: Leaves,
+    state: BioState,
+    *,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    name: str,
+) -> tuple[Leaves, Leaves, BioState]:
+    decayed = {path: g + weight_decay * params[path] for path, g in grads.items()}
+    directions, state = _direct(decayed, state, name, beta1, beta2, eps)
+    return params, directions, state
+
+
+@rule(phase="optimizer", ranges=_RANGES, init=_moments, memory=_MOMENTS, every_leaf=True)
+def _adamw(
+    params: Leaves,
+    grads: Leaves,
+    state: BioState,
+    *,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    name: str,
+) -> tuple[Leaves, Leaves, BioState]:
+    directions, state = _direct(grads, state, name, beta1, beta2, eps)
+    return params, {path: d + weight_decay * params[path] for path, d in directions.items()}, state

@@ -1,0 +1,203 @@
+"""The decorator that makes a rule of a formula.
+
+The author of a mechanism writes the formula on flat dicts `{path: tensor}` of the synapses it acts on. The decorator
+does the rest: trees to dicts and back, the selection of synapses, hyperparameters that are floats, tensors or
+schedules, checks, half precision, noise and memory.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Concatenate, ParamSpec
+
+import torch
+from torch import Tensor, nn
+
+from biofunc.noise import Noise, init_noise
+from biofunc.rule import Flat, Interval, Phase, Rule, compute_dtype
+from biofunc.state import BioState
+from biofunc.trees import Leaves, Tree
+
+__all__ = ["rule"]
+
+P = ParamSpec("P")
+Body = Callable[Concatenate[Leaves, Leaves, BioState, P], Flat]
+OnTrees = Callable[Concatenate[Tree, Tree, BioState, P], tuple[Tree, Tree, BioState]]
+
+GIVEN: Any = None
+"""Default of a keyword that the decorator fills in, `noise: Noise = GIVEN`; callers never give it."""
+
+_INJECTED = ("noise", "name", "redraws")
+
+
+def rule(
+    *,
+    phase: Phase,
+    ranges: Mapping[str, str] | None = None,
+    init: Callable[..., BioState] | None = None,
+    memory: Mapping[str, float] | None = None,
+    redraws: bool = False,
+    writes_rates: bool = False,
+    applies_rates: bool = False,
+    every_leaf: bool = False,
+) -> Callable[[Body[P]], OnTrees[P]]:
+    """Makes a rule of a function `f(params, grads, state, *, keywords) -> (params, grads, state)`.
+
+    The function gets `params` and `grads` as dicts `{path: tensor}` of the synapses alone, in float32 where the
+    leaves are bfloat16 or float16, and returns dicts of the same paths. It may declare the keywords `noise` (draws,
+    see `Noise.draw`) and `name` (the name of its slot in `state.slots`).
+
+    Args:
+        phase: "gradient" (before the optimizer), "direction" (before `descend`) or "weights" (after it).
+        ranges: the range of each numeric keyword in interval notation, `{"rate": "[0, 1)"}`. These keywords may
+            be floats, 0-d tensors or schedules; floats are checked.
+        init: `f(params, state, *, keywords) -> state` on the same dicts; may declare hyperparameters, `noise`,
+            `name`, and `redraws` (whether any rule re-draws synapses). Default: what `memory` says.
+        memory: entries of the rule's slot, shaped like the weights, with the value they start at and return to
+            where a synapse is re-drawn.
+        redraws: the rule puts new synapses in the place of old ones and calls `state.restart`.
+        writes_rates: the rule changes `state.plasticity`.
+        applies_rates: the rule multiplies the descent direction by `state.plasticity`.
+        every_leaf: hand over every leaf, not synapses alone.
+
+    Returns:
+        A decorator; what it returns is called `(params, grads, state, **keywords)` on whole trees.
+
+    Raises:
+        TypeError: a range is given for a keyword that the function does not declare.
+    """
+
+    def decorate(function: Body[P]) -> OnTrees[P]:
+        keywords = _keyword_names(function)
+        at_init = tuple([name for name in _keyword_names(init) if name not in _INJECTED])
+        for name in [*(ranges or {}), *at_init]:
+            if name not in keywords:
+                raise TypeError(f"{function.__name__} declares no keyword '{name}'")
+        remembers = init is not None or bool(memory)
+        made = Rule(
+            name=function.__name__.lstrip("_"),
+            phase=phase,
+            transform=functools.partial(_transform, function, keywords),
+            initialise=functools.partial(_initialise, init, _keyword_names(init)) if remembers else None,
+            accepts=tuple([name for name in keywords if name not in _INJECTED]),
+            at_init=at_init,
+            ranges={name: Interval(text) for name, text in (ranges or {}).items()},
+            bound={},
+            draws="noise" in keywords,
+            redraws=redraws,
+            writes_rates=writes_rates,
+            applies_rates=applies_rates,
+            every_leaf=every_leaf,
+            fresh=dict(memory or {}),
+        )
+
+        @functools.wraps(function)
+        def call(
+            params: Tree, grads: Tree, state: BioState, /, *args: P.args, **keywords: P.kwargs
+        ) -> tuple[Tree, Tree, BioState]:
+            return made(params, grads, state, *args, **keywords)
+
+        signature = inspect.signature(function)
+        shown = [p for name, p in signature.parameters.items() if name not in _INJECTED]
+        call.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+        call.rule = made  # type: ignore[attr-defined]
+        return call
+
+    return decorate
+
+
+def _transform(
+    function: Callable[..., Flat],
+    names: tuple[str, ...],
+    rule: Rule,
+    params: Leaves,
+    grads: Leaves,
+    state: BioState,
+    keywords: dict[str, Any],
+) -> Flat:
+    if rule.initialise is not None and rule.name not in state.slots:
+        raise KeyError(
+            f"state was made without {rule.name}; hand the rule to bf.init(params, key, …), or call chain.init"
+        )
+    values = rule.resolve(keywords, state)
+    values = {name: value for name, value in values.items() if name not in rule.at_init}
+    acted_on = [path for path in params if rule.every_leaf or path in state.plasticity]
+    params, grads = dict(params), dict(grads)
+    for dtype, paths in _by_compute_dtype(params, acted_on):
+        weights = {path: _detached(params[path]).to(dtype) for path in paths}
+        directions = {path: grads[path].to(dtype) for path in paths}
+        given = _cast(values, rule, dtype)
+        if "noise" in names:
+            given["noise"] = Noise(keywords["noise"])
+        if "name" in names:
+            given["name"] = rule.name
+        new_weights, new_directions, state = function(dict(weights), dict(directions), state, **given)
+        for path in paths:
+            params[path] = _back(new_weights[path], weights[path], params[path])
+            grads[path] = _back(new_directions[path], directions[path], grads[path])
+    return params, grads, state
+
+
+def _initialise(
+    init: Callable[..., BioState] | None,
+    names: tuple[str, ...],
+    rule: Rule,
+    params: Leaves,
+    state: BioState,
+    redraws: bool,
+) -> BioState:
+    state = state.replace(
+        slots={**state.slots, rule.name: {}},
+        fresh=(*state.fresh, *[(rule.name, entry, value) for entry, value in rule.fresh.items()]),
+    )
+    acted_on = [path for path in params if rule.every_leaf or path in state.plasticity]
+    for dtype, paths in _by_compute_dtype(params, acted_on):
+        weights = {path: _detached(params[path]).to(dtype) for path in paths}
+        if init is None:
+            entries = {
+                entry: {path: torch.full_like(w, value) for path, w in weights.items()}
+                for entry, value in rule.fresh.items()
+            }
+            state = state.with_slot(rule.name, **entries)
+            continue
+        given = _cast({name: value for name, value in rule.bound.items() if name in names}, rule, dtype)
+        if "noise" in names:
+            given["noise"] = Noise(init_noise(state, rule.name, paths))
+        if "name" in names:
+            given["name"] = rule.name
+        if "redraws" in names:
+            given["redraws"] = redraws
+        state = init(weights, state, **given)
+    return state
+
+
+def _keyword_names(function: Callable[..., Any] | None) -> tuple[str, ...]:
+    if function is None:
+        return ()
+    parameters = inspect.signature(function).parameters.values()
+    return tuple([p.name for p in parameters if p.kind is p.KEYWORD_ONLY])
+
+
+def _by_compute_dtype(leaves: Leaves, paths: list[str]) -> list[tuple[torch.dtype, list[str]]]:
+    groups: dict[torch.dtype, list[str]] = {}
+    for path in paths:
+        groups.setdefault(compute_dtype(leaves[path]), []).append(path)
+    return list(groups.items())
+
+
+def _cast(values: Mapping[str, Any], rule: Rule, dtype: torch.dtype) -> dict[str, Any]:
+    """Tensor hyperparameters in the compute dtype: under vmap a 0-d float64 would promote a float32 leaf."""
+    return {
+        name: value.to(dtype) if name in rule.ranges and isinstance(value, Tensor) else value
+        for name, value in values.items()
+    }
+
+
+def _detached(leaf: Tensor) -> Tensor:
+    """A module's own Parameter enters by value: else each step would hang on the autograd graph of the last."""
+    return leaf.detach() if isinstance(leaf, nn.Parameter) else leaf
+
+
+def _back(new: Tensor, given: Tensor, original: Tensor) -> Tensor:
+    """The original object where the rule left the leaf alone, else the new value in the original's dtype."""
+    return original if new is given else new.to(original.dtype)

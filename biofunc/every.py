@@ -1,0 +1,67 @@
+"""Rules that act at some steps only: synapses turn over by the day, not by the millisecond."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from biofunc.rule import Flat, Rule, as_rule
+from biofunc.state import DATA, BioState
+from biofunc.trees import Leaves
+
+__all__ = ["every"]
+
+
+def every(n: int, rule: Any) -> Rule:
+    """Lets a rule act at every n-th step: when (step + 1) % n == 0.
+
+    Called eagerly on the CPU outside `vmap`, a skipped step costs nothing. When compiling, under `vmap` and on other
+    devices the rule is computed at each step and selected with `torch.where`: skipped steps then cost as much.
+
+    Args:
+        n: period in steps, at least 1; 1 acts at every step.
+        rule: a rule, or a `functools.partial` of one; its name, phase and keywords stay.
+
+    Returns:
+        The rule with its period.
+
+    Raises:
+        TypeError: `n` is not an integer, or `rule` is not a rule.
+        ValueError: `n` is below 1.
+    """
+    if isinstance(n, bool) or not isinstance(n, int):
+        raise TypeError(f"n is {n!r}; a period is an integer number of steps: bf.every(100, rule)")
+    if n < 1:
+        raise ValueError(f"n is {n}; a period is at least 1 step")
+    inner = as_rule(rule)
+
+    def transform(self: Rule, params: Leaves, grads: Leaves, state: BioState, keywords: dict[str, Any]) -> Flat:
+        fires = (state.step + 1) % n == 0
+        known = _value_if_known(fires)
+        if known is None:
+            new = inner.transform(self, params, grads, state, keywords)
+            fields = {name: _select_leaves(fires, getattr(new[2], name), getattr(state, name)) for name in DATA}
+            return _select_leaves(fires, new[0], params), _select_leaves(fires, new[1], grads), state.replace(**fields)
+        return inner.transform(self, params, grads, state, keywords) if known else (params, grads, state)
+
+    return dataclasses.replace(inner, transform=transform, frame=f"every({n}, {inner.frame})")
+
+
+def _select_leaves(fires: Tensor, new: Any, old: Any) -> Any:
+    """New where the rule fires, else old, through nested dicts; what the rule left alone is passed on as it is."""
+    if new is old:
+        return old
+    if isinstance(new, dict):
+        return {name: _select_leaves(fires, leaf, old[name]) for name, leaf in new.items()}
+    return torch.where(fires, new, old)
+
+
+def _value_if_known(flag: Tensor) -> bool | None:
+    """The flag's value where reading it is free: eagerly, on the CPU, outside vmap."""
+    if torch.compiler.is_compiling() or flag.device.type != "cpu":
+        return None
+    try:
+        return bool(flag)
+    except RuntimeError:  # vmap refuses to read one member's value
+        return None

@@ -1,0 +1,113 @@
+"""Fuzzy learning rates: no two synapses learn at the same speed.
+
+The plasticity of biological synapses differs from one to the next. Each synapse is born with a constant factor rho on
+its learning rate, drawn once:
+
+    rho ~ U(1 - nu, 1 + nu), clamped to [rate_min, rate_max];    g <- g rho
+
+The factor belongs on the update. In front of Adam a constant factor cancels in m / sqrt(v); in front of plain SGD it
+makes no difference which side of the optimizer it stands on.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from biofunc import random
+from biofunc.decorator import rule
+from biofunc.noise import Noise
+from biofunc.state import BioState
+from biofunc.trees import Leaves
+
+__all__ = ["fuzzy_learning_rates"]
+
+Distribution = Callable[[Tensor, Tensor, float | Tensor], Tensor]
+"""`(key, weight, nu) -> rates` shaped like the weight, with mean 1."""
+
+
+def uniform_rates(key: Tensor, weight: Tensor, nu: float | Tensor) -> Tensor:
+    """Rates uniform in (1 - nu, 1 + nu): mean 1, standard deviation nu / sqrt(3)."""
+    return 1 + nu * (2 * random.uniform(key, weight.shape).to(weight.dtype) - 1)
+
+
+DISTRIBUTIONS: dict[str, Distribution] = {"uniform": uniform_rates}
+
+
+def _draw_rates(
+    params: Leaves,
+    state: BioState,
+    *,
+    nu: float | Tensor = 0.16,
+    distribution: str | Distribution = "uniform",
+    rate_min: float | Tensor = 0.5,
+    rate_max: float | Tensor = 2.0,
+    noise: Noise,
+    name: str,
+) -> BioState:
+    if not isinstance(rate_min, Tensor) and not isinstance(rate_max, Tensor) and rate_min > rate_max:
+        raise ValueError(f"{name}: rate_min is {rate_min} and rate_max {rate_max}; rate_min must not exceed rate_max")
+    if isinstance(distribution, str):
+        if distribution not in DISTRIBUTIONS:
+            raise ValueError(
+                f"{name}: distribution is '{distribution}'; it must be one of {', '.join(DISTRIBUTIONS)}, "
+                "or a function (key, weight, nu) -> rates"
+            )
+        distribution = DISTRIBUTIONS[distribution]
+    if not isinstance(nu, Tensor) and nu == 0:
+        return state
+    keys = noise.keys(params)
+    rates = {
+        path: distribution(keys[path], w, nu).clamp(min=rate_min).clamp(max=rate_max) for path, w in params.items()
+    }
+    plasticity = {path: state.plasticity[path] * rate for path, rate in rates.items()}
+    return state.replace(plasticity={**state.plasticity, **plasticity}).with_slot(name, innate=rates)
+
+
+@rule(
+    phase="direction",
+    ranges={"nu": "[0, 1)", "rate_min": "[0, 1]", "rate_max": "[1, inf]"},
+    init=_draw_rates,
+    applies_rates=True,
+)
+def fuzzy_learning_rates(
+    params: Leaves,
+    grads: Leaves,
+    state: BioState,
+    *,
+    nu: float | Tensor = 0.16,
+    distribution: str | Distribution = "uniform",
+    rate_min: float | Tensor = 0.5,
+    rate_max: float | Tensor = 2.0,
+) -> tuple[Leaves, Leaves, BioState]:
+    """Lets every synapse learn at its own rate: `g <- g rho`, with the rates `rho = state.plasticity`.
+
+    All hyperparameters act at init, where the rates are drawn:
+    `bf.init(params, key, functools.partial(bf.fuzzy_learning_rates, nu=0.3))`.
+
+    Args:
+        params: tree of parameters.
+        grads: tree of descent directions, like params.
+        state: made with this rule; its `plasticity` is applied.
+        nu: half-width of the distribution of rates, in [0, 1); 0 draws none and applies the rates of other rules.
+        distribution: "uniform", or a function `(key, weight, nu) -> rates` with mean 1.
+        rate_min: smallest rate, in [0, 1]; with the uniform distribution it binds, and lifts the mean, from
+            nu = 1 - rate_min on.
+        rate_max: largest rate, at least 1.
+
+    Returns:
+        params and state as given, and the scaled directions.
+
+    Raises:
+        ValueError, TypeError: at init, a number out of its range, an unknown distribution or a schedule; at a step, any
+            of the hyperparameters.
+        KeyError: the state was made without this rule.
+
+    Phase: direction; behind the optimizer, since Adam cancels constant factors on its gradient.
+
+    Noise: at init, one uniform per synapse.
+
+    Source: Hofmann, Becker, Tetzlaff, Mäder 2025, doi 10.1038/s41467-025-60078-9, as in pytorch_bio_transformations.
+
+    Differs: the factor may act on the update; nu below 1 keeps all rates positive.
+    """
+    return params, {path: g * state.plasticity[path] for path, g in grads.items()}, state

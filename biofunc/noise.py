@@ -1,0 +1,86 @@
+"""Noise of a rule: one key per leaf, one draw per rule.
+
+    key of a leaf = fold_in(fold_in(fold_in(state.key, rule name), step or "init"), path)
+
+Nothing else enters, so adding a rule to a chain, a leaf to a tree or a member to an ensemble changes no other
+number. Draws have 24 random bits whatever the dtype of the leaf: a float64 run sees the noise of the float32 run.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from biofunc import philox, random
+from biofunc.state import BioState
+from biofunc.trees import Leaves
+
+
+class Noise:
+    """Draws for the leaves of one rule at one step; handed to a rule that declares the keyword `noise`."""
+
+    def __init__(self, keys: Mapping[str, Tensor]) -> None:
+        self._keys: Mapping[str, Tensor] | None = keys
+
+    def keys(self, leaves: Leaves) -> dict[str, Tensor]:
+        """One key per leaf, for rules that draw by themselves.
+
+        Args:
+            leaves: tensors by path.
+
+        Returns:
+            int64 `(2,)` keys by path.
+
+        Raises:
+            RuntimeError: the rule has drawn before.
+        """
+        if self._keys is None:
+            raise RuntimeError("this rule has drawn before; a key is used once: ask for all kinds in one noise.draw(…)")
+        keys, self._keys = self._keys, None
+        return {path: keys[path] for path in leaves}
+
+    def draw(self, leaves: Leaves, *kinds: str) -> list[Leaves]:
+        """Draws all the noise that a rule needs in a step.
+
+        Args:
+            leaves: tensors by path; a draw has the shape and dtype of its leaf.
+            kinds: "uniform" in [0, 1), "normal" standard normal, or "coin", one 0-d uniform per leaf.
+
+        Returns:
+            One dict of draws by path per kind, in the order asked for.
+
+        Raises:
+            RuntimeError: the rule has drawn before; a key is used once, so ask for all kinds in one call.
+        """
+        keys = self.keys(leaves)
+        # Within the stream of a leaf the kinds follow one another, each from a fresh block on.
+        sizes = [[1 if kind == "coin" else leaf.numel() for kind in kinds] for leaf in leaves.values()]
+        starts = [[sum([-(-size // 4) * 4 for size in row[:i]]) for i in range(len(row))] for row in sizes]
+        lengths = [start[-1] + row[-1] for start, row in zip(starts, sizes, strict=True)]
+        words = philox.ragged_words(list(keys.values()), lengths)
+        draws: list[Leaves] = []
+        for index, kind in enumerate(kinds):
+            convert = philox.to_normal if kind == "normal" else philox.to_uniform
+            draws.append({})
+            for leaf, (path, weight) in enumerate(leaves.items()):
+                start, size = starts[leaf][index], sizes[leaf][index]
+                shape = torch.Size() if kind == "coin" else weight.shape
+                draws[-1][path] = convert(words[leaf][start : start + size]).reshape(shape).to(weight.dtype)
+        return draws
+
+
+def step_noise(state: BioState, names: Sequence[str], paths: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+    """Keys of this step for several rules and all leaves, `{name: {path: key}}`, in three Philox calls."""
+    if not names or not paths:
+        return {name: {} for name in names}
+    keys = random.fold_in(random.fold_in_names(state.key, names), state.step)
+    keys = random.fold_in_names(keys, paths)
+    return {name: {path: keys[i, j] for j, path in enumerate(paths)} for i, name in enumerate(names)}
+
+
+def init_noise(state: BioState, name: str, paths: Sequence[str]) -> dict[str, Tensor]:
+    """Keys of a rule's init, by path."""
+    if not paths:
+        return {}
+    keys = random.fold_in_names(random.fold_in(random.fold_in(state.key, name), "init"), paths)
+    return {path: keys[i] for i, path in enumerate(paths)}

@@ -1,0 +1,99 @@
+"""Rejuvenation: weak synapses die, new ones take their place.
+
+Spines appear and vanish all through life, and small ones vanish first. A synapse dies when a random threshold exceeds
+its weight; a new one of random weight and sign grows at its site, with M the largest weight of the leaf:
+
+    tau ~ |N(0, (M / dre)^2)|;    w <- U(-M, M)  where tau > |w|
+
+so that P(death | w) = erfc(|w| dre / (M sqrt 2)). A new synapse is new in everything: its moments, counts and ages
+start again, and its learning rate is the one it was born with.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from biofunc.decorator import GIVEN, rule
+from biofunc.noise import Noise
+from biofunc.reductions import finite_max, finite_mean
+from biofunc.rule import Hyperparameter
+from biofunc.state import BioState
+from biofunc.trees import Leaves
+
+__all__ = ["rejuvenate_weights"]
+
+
+@rule(phase="weights", ranges={"dre": "(0, inf]", "rate": "[0, 1)"}, redraws=True)
+def rejuvenate_weights(
+    params: Leaves,
+    grads: Leaves,
+    state: BioState,
+    *,
+    dre: Hyperparameter = 8.0,
+    rate: Hyperparameter | None = None,
+    selection: str = "small",
+    noise: Noise = GIVEN,
+) -> tuple[Leaves, Leaves, BioState]:
+    """Replaces weak synapses by new random ones: `w <- U(-M, M)` where `|N(0, (M / dre)^2)| > |w|`, M = max |w|.
+
+    Args:
+        params: tree of parameters.
+        grads: tree like params.
+        state: any state; re-drawn synapses start anew in it.
+        dre: how weak a synapse must be to die, > 0, in units of 1 / M; larger: fewer die; inf turns the rule off.
+        rate: expected share of a leaf's synapses that die per call, in [0, 1); replaces dre. The share n rate is
+            rounded up or down at random, and the synapses with the smallest |w| / |z|, z ~ N(0, 1), die: the same
+            preference as with dre, whatever the distribution of weights. 0 turns the rule off. Sorts the leaf.
+        selection: "small": weak synapses die first; "random": any synapse, at the same expected turnover: the control
+            that shows whether weakness matters.
+
+    Returns:
+        New params, grads as given, and the state in which new synapses have restarted.
+
+    Raises:
+        ValueError, TypeError: a number out of its range, or an unknown selection.
+
+    Phase: weights.
+
+    Noise: per synapse one normal (for "random" a uniform) and one uniform for the new weight; one uniform per leaf.
+
+    Source: Hofmann, Becker, Tetzlaff, Mäder 2025, doi 10.1038/s41467-025-60078-9, with the rule of the authors' code
+    (uniform new weights); the biology: Yasumatsu et al. 2008, doi 10.1523/JNEUROSCI.0603-08.2008.
+
+    Differs: rate and "random" are new; the state of a re-drawn synapse restarts; M leaves out weights that are not
+    finite, which never die.
+    """
+    if selection not in ("small", "random"):
+        raise ValueError(f"rejuvenate_weights: selection is {selection!r}; it must be 'small' or 'random'")
+    small = selection == "small"
+    first, new, coin = noise.draw(params, "normal" if small else "uniform", "uniform", "coin")
+    weights: Leaves = {}
+    redrawn: Leaves = {}
+    for path, w in params.items():
+        size = w.abs()
+        largest = finite_max(size)
+        if rate is not None:
+            frailty = (size + _tie_break(largest)) / first[path].abs() if small else first[path]
+            dies = _smallest(frailty, w.numel() * rate, coin[path])
+        elif small:
+            dies = (first[path] * (largest / dre)).abs() > size
+        else:
+            dies = first[path] < finite_mean(torch.erfc(size * (dre / (largest * math.sqrt(2)))))
+        dies = dies & torch.isfinite(w)
+        redrawn[path] = dies
+        weights[path] = torch.where(dies, largest * (2 * new[path] - 1), w)
+    return weights, grads, state.restart(redrawn)
+
+
+def _tie_break(largest: Tensor) -> Tensor:
+    """A size far below all weights: synapses of weight 0 are ranked by chance, not by their place in the leaf."""
+    return largest * torch.finfo(largest.dtype).eps + torch.finfo(largest.dtype).tiny
+
+
+def _smallest(values: Tensor, expected: float | Tensor, coin: Tensor) -> Tensor:
+    """Mask of the smallest values; their number is `expected`, rounded up with its fraction as probability."""
+    number = torch.floor(expected + coin)
+    order = values.flatten().argsort()
+    chosen = torch.arange(values.numel(), device=values.device) < number
+    return torch.empty_like(order, dtype=torch.bool).scatter(0, order, chosen).reshape(values.shape)

@@ -1,0 +1,118 @@
+"""Hyperparameters that change with the step.
+
+A schedule is any function of the 0-d step tensor; these are the common ones. They compute in float64 and the rule
+casts the value, so that a schedule costs no precision and no recompilation.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+__all__ = ["constant", "cosine", "exponential", "linear", "piecewise"]
+
+Schedule = Callable[[Tensor], Tensor]
+
+
+def constant(value: float) -> Schedule:
+    """The same value at every step.
+
+    Args:
+        value: the value.
+
+    Returns:
+        `step -> value`.
+    """
+    return lambda step: torch.full_like(step, value, dtype=torch.float64)
+
+
+def linear(start: float, stop: float, steps: int) -> Schedule:
+    """A straight line from `start` at step 0 to `stop` at step `steps`, constant afterwards.
+
+    Args:
+        start: value at step 0.
+        stop: value from step `steps` on.
+        steps: length of the line, at least 1.
+
+    Returns:
+        `step -> start + (stop - start) min(step / steps, 1)`.
+
+    Raises:
+        ValueError: `steps` is below 1.
+    """
+    _check_steps(steps)
+    return lambda step: start + (stop - start) * _progress(step, steps)
+
+
+def cosine(start: float, stop: float, steps: int) -> Schedule:
+    """Half a cosine from `start` at step 0 to `stop` at step `steps`, constant afterwards.
+
+    Args:
+        start: value at step 0.
+        stop: value from step `steps` on.
+        steps: length of the half wave, at least 1.
+
+    Returns:
+        `step -> stop + (start - stop) (1 + cos(pi min(step / steps, 1))) / 2`.
+
+    Raises:
+        ValueError: `steps` is below 1.
+    """
+    _check_steps(steps)
+    return lambda step: stop + (start - stop) * (1 + torch.cos(math.pi * _progress(step, steps))) / 2
+
+
+def exponential(start: float, factor: float, steps: int) -> Schedule:
+    """A geometric course that is multiplied by `factor` over every `steps` steps.
+
+    Args:
+        start: value at step 0.
+        factor: > 0.
+        steps: steps per factor, at least 1.
+
+    Returns:
+        `step -> start factor^(step / steps)`.
+
+    Raises:
+        ValueError: `steps` is below 1, or `factor` is not positive.
+    """
+    _check_steps(steps)
+    if not factor > 0:
+        raise ValueError(f"factor is {factor}; it must be positive")
+    return lambda step: start * torch.exp(math.log(factor) * step.to(torch.float64) / steps)
+
+
+def piecewise(start: float, values: Mapping[int, float]) -> Schedule:
+    """Steps: `start`, then from each named step on the value given for it.
+
+    Args:
+        start: value at step 0.
+        values: new value by the step at which it begins, `{1000: 0.01, 2000: 0.001}`.
+
+    Returns:
+        `step -> the value of the last step named that is not later, else start`.
+
+    Raises:
+        ValueError: a step is below 1.
+    """
+    for step in values:
+        if step < 1:
+            raise ValueError(f"values names step {step}; the value of step 0 is start, named steps begin at 1")
+
+    def schedule(step: Tensor) -> Tensor:
+        value = torch.full_like(step, start, dtype=torch.float64)
+        for begin, new in sorted(values.items()):
+            value = torch.where(step >= begin, new, value)
+        return value
+
+    return schedule
+
+
+def _progress(step: Tensor, steps: int) -> Tensor:
+    return (step.to(torch.float64) / steps).clamp(max=1.0)
+
+
+def _check_steps(steps: int) -> None:
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; it must be at least 1")

@@ -1,0 +1,77 @@
+"""Which leaves of a tree are synapses, and which of them a rule acts on."""
+
+import fnmatch
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from biofunc import trees
+from biofunc.trees import Leaves, Tree
+
+__all__ = ["Selection", "layers"]
+
+Selection = str | Callable[[str, Tensor], bool] | Tree
+"""A glob on paths ("fc*.weight"), a predicate `(path, leaf) -> bool`, or a tree of bools like the parameters."""
+
+
+def layers(model: nn.Module, *types: type[nn.Module]) -> Callable[[str, Tensor], bool]:
+    """Selects the weights of a module's layers of the given types.
+
+    Args:
+        model: the module whose `named_parameters` the parameter dict comes from.
+        types: layer classes, `layers(model, nn.Linear, nn.Conv2d)`; subclasses count.
+
+    Returns:
+        A predicate for `where=`: true for the parameters of two or more dimensions that belong to such a layer.
+
+    Raises:
+        ValueError: the model has no such layer.
+    """
+    names = {
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, module in model.named_modules()
+        if isinstance(module, types)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() >= 2
+    }
+    if not names:
+        raise ValueError(f"the model has no layer of type {', '.join([t.__name__ for t in types]) or '(none given)'}")
+    return lambda path, leaf: path in names
+
+
+def is_synapse(path: str, leaf: Tensor) -> bool:
+    """The default selection: weights are leaves of two or more dimensions; biases and gains are not."""
+    return leaf.dim() >= 2
+
+
+def select_paths(where: Selection, params: Leaves) -> list[str]:
+    """Paths of the leaves that a selection picks, in the order of the tree.
+
+    Raises:
+        KeyError: a mask tree has other paths than the parameters.
+        TypeError: a mask leaf is not a bool.
+        ValueError: nothing is selected.
+    """
+    if isinstance(where, str):
+        chosen = [path for path in params if fnmatch.fnmatchcase(path, where)]
+    elif callable(where):
+        chosen = [path for path, leaf in params.items() if where(path, leaf)]
+    else:
+        chosen = _from_mask(trees.flatten(where)[0], params)
+    if not chosen:
+        shown = where if isinstance(where, str) else getattr(where, "__name__", "mask")
+        raise ValueError(f"where={shown!r} selects no synapse; the paths are: {', '.join(params) or '(none)'}")
+    return chosen
+
+
+def _from_mask(mask: dict[str, Any], params: Leaves) -> list[str]:
+    for path, flag in mask.items():
+        if path not in params:
+            raise KeyError(f"where has a leaf '{path}' that params lacks")
+        if not isinstance(flag, bool):
+            raise TypeError(f"where leaf '{path}' is {flag!r}; a mask tree holds True or False for each leaf of params")
+    for path in params:
+        if path not in mask:
+            raise KeyError(f"where has no leaf '{path}' that params has; a mask tree holds one bool per leaf")
+    return [path for path in params if mask[path]]
