@@ -104,8 +104,9 @@ def to_normal(words: Tensor) -> Tensor:
     segment = (q_bits >> 17) - _FIRST_SEGMENT
     quantile, fall = _normal_table(words.device)
     # Below 2^52: exact in int64 and in float64. The last cast is the only rounding.
-    magnitude = (quantile[segment] << 17) - fall[segment] * (q_bits & 0x1FFFF)
-    return (magnitude.to(torch.float64) * to_sign(words) / (1 << (_QUANTILE_BITS + 17))).to(torch.float32)
+    magnitude: Tensor = (quantile[segment] << 17) - fall[segment] * (q_bits & 0x1FFFF)
+    signed = magnitude * to_sign(words)
+    return (signed.to(torch.float64) / (1 << (_QUANTILE_BITS + 17))).to(torch.float32)
 
 
 _FIRST_SEGMENT = 127 << 6  # the float32 bits of q = 1, shifted by 17

@@ -1,0 +1,232 @@
+"""The main job: bio-modified networks against plain ones, on real data, as one vmapped ensemble.
+
+Every arm is the same chain with other hyperparameters: a mechanism that an arm does not have is at its off setting. So
+all arms and all seeds are one member axis, and one compilation serves them; weight splitting changes the forward pass
+and has its own. Arms are paired: a seed fixes the initial weights, the split into training and test data, the order of
+the batches and the noise, and is used by every arm.
+"""
+
+import dataclasses
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value
+
+import biofunc as bf
+from biofunc.datasets import Dataset
+
+HIDDEN = 128
+CLASSES = 10
+BATCH = 64
+TEST_SHARE = 0.2
+REJUVENATION_PERIOD = 80
+EVALUATIONS = 30
+LEARNING_RATES = {"sgd": 0.1, "adam": 1e-3}
+
+OFF = {
+    "dampening_factor": 1.0,
+    "stability_factor": 0.0,
+    "lr_variability": 0.0,
+    "nu": 0.0,
+    "dre": math.inf,
+}
+MECHANISMS: dict[str, dict[str, float]] = {
+    "fuzzy_learning_rates": {"nu": 0.16},
+    "volume_dependent_lr": {"stability_factor": 2.0, "lr_variability": 0.2},
+    "crystallize": {"dampening_factor": 0.6},
+    "rejuvenate_weights": {"dre": 8.0},
+    "weight_splitting": {},
+}
+ARMS: dict[str, tuple[str, ...]] = {
+    "plain": (),
+    **{name: (name,) for name in MECHANISMS},
+    "all_five": tuple(MECHANISMS),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is compared, and how."""
+
+    data: str = "digits"
+    arms: tuple[str, ...] = tuple(ARMS)
+    seeds: int = 32
+    steps: int = 300
+    optimizer: str = "sgd"
+    lr: float = 0.1
+    device: str = "cpu"
+
+
+@dataclasses.dataclass(frozen=True)
+class ArmResult:
+    """What became of an arm: test accuracy `(evaluations, seeds)`, final rates, and its share of the wall time."""
+
+    accuracy: Tensor
+    rates: Tensor
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Results of all arms, the steps at which accuracy was measured, and how the steps were executed."""
+
+    config: Config
+    evaluated: list[int]
+    arms: dict[str, ArmResult]
+    execution: str
+
+
+def compare(config: Config, data: Dataset, advance: Callable[[str], None] = lambda group: None) -> Comparison:
+    """Trains every arm with every seed.
+
+    Args:
+        config: what to compare.
+        data: from `biofunc.datasets.load`.
+        advance: called after each ensemble step with the group's name, for a progress bar.
+
+    Returns:
+        The results.
+    """
+    evaluated = sorted({round(config.steps * i / EVALUATIONS) for i in range(EVALUATIONS + 1)})
+    results: dict[str, ArmResult] = {}
+    execution = ""
+    for split in (False, True):
+        arms = [arm for arm in config.arms if ("weight_splitting" in ARMS[arm]) == split]
+        if arms:
+            group, execution = _train_group(config, data, arms, split, evaluated, advance)
+            results |= group
+    return Comparison(config, evaluated, {arm: results[arm] for arm in config.arms}, execution)
+
+
+def compiler_found() -> bool:
+    """Whether there is a C++ compiler for `torch.compile` on the CPU."""
+    candidates = [os.environ.get("CXX", ""), "g++", "clang++", "c++"]
+    return any(shutil.which(name) for name in candidates if name)
+
+
+def make_model(features: int) -> nn.Module:
+    """The network of the comparison: features - 128 - 10, ReLU."""
+    return nn.Sequential(nn.Linear(features, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, CLASSES))
+
+
+def make_chain(optimizer: str, lr: float, nu: float | Tensor = 0.16) -> bf.Chain:
+    """The chain of every arm; an arm's hyperparameters are handed to it at each step."""
+    return bf.chain(
+        bf.crystallize,
+        *([bf.adam()] if optimizer == "adam" else []),
+        partial(bf.volume_dependent_lr, base_lr=1.0, normalise=True),
+        partial(bf.fuzzy_learning_rates, nu=nu),
+        bf.descend(lr),
+        bf.every(REJUVENATION_PERIOD, bf.rejuvenate_weights),
+    )
+
+
+def _train_group(
+    config: Config,
+    data: Dataset,
+    arms: Sequence[str],
+    split: bool,
+    evaluated: Sequence[int],
+    advance: Callable[[str], None],
+) -> tuple[dict[str, ArmResult], str]:
+    """Trains arms that share a forward pass; members lie arm by arm, seed by seed."""
+    inputs, labels = data.inputs.to(config.device), data.labels.to(config.device)
+    features, seeds = inputs.shape[1], range(config.seeds)
+    model = make_model(features)
+    if split:
+        model = bf.split_synapses(model)
+    params, _ = bf.ensemble.init(lambda: make_model(features), seeds)
+    params = {name: _per_arm(p.to(config.device), len(arms)) for name, p in params.items()}
+    keys = bf.random.key(torch.arange(config.seeds), device=config.device)
+    hyper = _hyperparameters(arms, config)
+    nu = hyper.pop("nu")
+    state = torch.vmap(lambda p, k, nu: make_chain(config.optimizer, config.lr, nu).init(p, k))(
+        params, _per_arm(keys, len(arms)), nu
+    )
+    learn = make_chain(config.optimizer, config.lr)
+
+    def loss(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(functional_call(model, params, (x,)), y)
+
+    def step(params: Any, state: bf.BioState, hyper: Any, x: Tensor, y: Tensor) -> tuple[Any, bf.BioState]:
+        grads, _ = grad_and_value(loss)(params, x, y)
+        params, _, state = learn(params, grads, state, **hyper)
+        return params, state
+
+    ensemble_step, execution = _executor(step, config.device)
+    train, test = _splits(keys, len(labels))
+    x_test, y_test = inputs[test], labels[test]
+    group = "weight splitting" if split else "shared forward pass"
+    accuracy = []
+    start = time.perf_counter()
+    for number, batch in enumerate(_batches(keys, train, config.steps)):
+        if number in evaluated:
+            accuracy.append(_accuracy(model, params, x_test, y_test, len(arms)))
+        members = _per_arm(batch, len(arms))
+        params, state = ensemble_step(params, state, hyper, inputs[members], labels[members])
+        advance(group)
+    accuracy.append(_accuracy(model, params, x_test, y_test, len(arms)))
+    seconds = (time.perf_counter() - start) / len(arms)
+    rates = torch.cat([rate.reshape(len(arms), -1) for rate in state.plasticity.values()], 1)
+    curves = torch.stack(accuracy, 1)
+    return {arm: ArmResult(curves[i].cpu(), rates[i].cpu(), seconds) for i, arm in enumerate(arms)}, execution
+
+
+def _hyperparameters(arms: Sequence[str], config: Config) -> dict[str, Tensor]:
+    """One value per member, arm by arm."""
+    settings = [{**OFF, **{k: v for name in ARMS[arm] for k, v in MECHANISMS[name].items()}} for arm in arms]
+    return {
+        name: torch.tensor([setting[name] for setting in settings], device=config.device).repeat_interleave(
+            config.seeds
+        )
+        for name in OFF
+    }
+
+
+def _per_arm(per_seed: Tensor, arms: int) -> Tensor:
+    return per_seed.repeat(arms, *[1] * (per_seed.dim() - 1))
+
+
+def _executor(step: Callable[..., Any], device: str) -> tuple[Callable[..., Any], str]:
+    """The ensemble's step, compiled where that works, and a line that says which."""
+    plain = torch.vmap(step)
+    if device == "cpu" and not compiler_found():
+        return plain, "plain vmap (no C++ compiler found; with one the steps are compiled)"
+    return torch.compile(plain, fullgraph=True), "compile(vmap(step))"
+
+
+def _splits(keys: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+    """Indices of each seed's training and test samples."""
+    order = bf.random.uniform(bf.random.fold_in(keys, "split"), (samples,)).argsort(-1)
+    held_out = int(samples * TEST_SHARE)
+    return order[:, held_out:], order[:, :held_out]
+
+
+def _batches(keys: Tensor, train: Tensor, steps: int) -> Iterable[Tensor]:
+    """Indices of each seed's batches, `(seeds, batch)`, in an order that is new in every epoch."""
+    keys = bf.random.fold_in(keys, "order")
+    per_epoch = max(1, train.shape[1] // BATCH)
+    for number in range(steps):
+        position = number % per_epoch
+        if position == 0:
+            draws = bf.random.uniform(bf.random.fold_in(keys, number // per_epoch), (train.shape[1],))
+            shuffled = train.gather(1, draws.argsort(-1))
+        yield shuffled[:, position * BATCH : (position + 1) * BATCH]
+
+
+def _accuracy(model: nn.Module, params: dict[str, Tensor], x: Tensor, y: Tensor, arms: int) -> Tensor:
+    """Test accuracy `(arms, seeds)`."""
+    seeds = x.shape[0]
+    predict = torch.vmap(lambda params, x: functional_call(model, params, (x,)).argmax(-1))
+    per_arm = []
+    for arm in range(arms):
+        members = {name: p[arm * seeds : (arm + 1) * seeds] for name, p in params.items()}
+        per_arm.append((predict(members, x) == y).float().mean(-1))
+    return torch.stack(per_arm)
