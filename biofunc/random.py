@@ -121,14 +121,14 @@ def uniform(key: Tensor, shape: Sequence[int] = (), *, dtype: torch.dtype = torc
     count = math.prod(shape)
     bits = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}.get(dtype)
     if dtype == torch.float64:
-        high, low = philox.words(key, 2 * count).reshape(*key.shape[:-1], count, 2).unbind(-1)
+        high, low = philox.words(key, 2 * count).reshape((*key.shape[:-1], count, 2)).unbind(-1)
         # ((high << 32) | low) & (2^53 - 1), without shifting into the sign
         draw = (((high & 0x1FFFFF) << 32) | low).to(torch.float64) * 2.0**-53
     elif bits is not None:
         draw = philox.to_uniform(philox.words(key, count), bits).to(dtype)
     else:
         raise TypeError(f"dtype is {dtype}; uniform draws float32, float64, float16 or bfloat16")
-    return draw.reshape(*key.shape[:-1], *shape)
+    return draw.reshape((*key.shape[:-1], *shape))
 
 
 def normal(key: Tensor, shape: Sequence[int] = (), *, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -153,7 +153,7 @@ def normal(key: Tensor, shape: Sequence[int] = (), *, dtype: torch.dtype = torch
     if not dtype.is_floating_point:
         raise TypeError(f"dtype is {dtype}; normal draws floating dtypes")
     words = philox.words(key, math.prod(shape))
-    return philox.to_normal(words).to(dtype).reshape(*key.shape[:-1], *shape)
+    return philox.to_normal(words).to(dtype).reshape((*key.shape[:-1], *shape))
 
 
 def bernoulli(key: Tensor, p: float | Tensor = 0.5, shape: Sequence[int] | None = None) -> Tensor:
@@ -195,7 +195,7 @@ def rademacher(key: Tensor, shape: Sequence[int] = (), *, dtype: torch.dtype = t
     """
     check_key(key)
     words = philox.words(key, math.prod(shape))
-    return philox.to_sign(words).to(dtype).reshape(*key.shape[:-1], *shape)
+    return philox.to_sign(words).to(dtype).reshape((*key.shape[:-1], *shape))
 
 
 def hash_name(name: str) -> int:

@@ -1,0 +1,125 @@
+"""The table of rules: every exported rule has a row here and goes through every law in test_laws.py."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import oracles
+
+import biofunc as bf
+from biofunc.rule import Rule, as_rule
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What the laws need to know of a rule.
+
+    given: the exported name; make: hyperparameters -> rule; settings: valid hyperparameters, one set per case;
+    off: hyperparameters under which the rule is the identity, or None if it has none; at_step: hyperparameters that
+    may also be tensors and schedules; oracle: a scalar loop of the formula; reduces: whether it takes means over a
+    leaf, which vmap sums in another order; smooth: hyperparameters in which the result is differentiable.
+    """
+
+    given: str
+    make: Callable[..., Rule]
+    settings: tuple[Mapping[str, Any], ...]
+    off: Mapping[str, Any] | None
+    at_step: tuple[str, ...]
+    oracle: Callable[..., Any]
+    reduces: bool = False
+    smooth: tuple[str, ...] = ()
+
+
+def _mechanism(function: Any) -> Callable[..., Rule]:
+    return lambda **keywords: as_rule(function).bind(**keywords)
+
+
+TABLE = {
+    row.given: row
+    for row in [
+        Row(
+            "crystallize",
+            _mechanism(bf.crystallize),
+            (
+                {},
+                {"crystal_thresh": 0.5, "dampening_factor": 0.3, "floor": 0.1, "recovery": 0.25},
+                {"freeze_silent": True},
+            ),
+            {"dampening_factor": 1.0},
+            ("crystal_thresh", "dampening_factor", "floor", "recovery"),
+            oracles.crystallize,
+            reduces=True,
+            smooth=("dampening_factor", "recovery"),
+        ),
+        Row(
+            "fuzzy_learning_rates",
+            _mechanism(bf.fuzzy_learning_rates),
+            ({}, {"nu": 0.9, "rate_min": 0.2, "rate_max": 1.5}),
+            {"nu": 0.0},
+            (),
+            oracles.fuzzy_learning_rates,
+        ),
+        Row(
+            "volume_dependent_lr",
+            _mechanism(bf.volume_dependent_lr),
+            ({}, {"base_lr": 1.5, "stability_factor": 0.7, "lr_variability": 0.4}, {"normalise": True}),
+            {"base_lr": 1.0, "stability_factor": 0.0, "lr_variability": 0.0},
+            ("base_lr", "stability_factor", "lr_variability"),
+            oracles.volume_dependent_lr,
+            reduces=True,
+            smooth=("base_lr", "stability_factor", "lr_variability"),
+        ),
+        Row(
+            "rejuvenate_weights",
+            _mechanism(bf.rejuvenate_weights),
+            ({}, {"dre": 2.0, "selection": "random"}, {"rate": 0.3}, {"rate": 0.3, "selection": "random"}),
+            {"dre": math.inf},
+            ("dre",),
+            oracles.rejuvenate_weights,
+            reduces=True,
+        ),
+        Row(
+            "sgd",
+            bf.sgd,
+            ({}, {"momentum": 0.9, "weight_decay": 0.1}, {"momentum": 0.5, "nesterov": True}),
+            {"momentum": 0.0, "weight_decay": 0.0},
+            ("momentum", "weight_decay"),
+            oracles.sgd,
+            smooth=("momentum", "weight_decay"),
+        ),
+        Row(
+            "adam",
+            bf.adam,
+            ({}, {"beta1": 0.5, "beta2": 0.9, "eps": 1e-3, "weight_decay": 0.1}),
+            None,
+            ("beta1", "beta2", "eps", "weight_decay"),
+            oracles.adam,
+            smooth=("beta1", "beta2", "eps", "weight_decay"),
+        ),
+        Row(
+            "adamw",
+            bf.adamw,
+            ({}, {"beta1": 0.5, "beta2": 0.9, "eps": 1e-3, "weight_decay": 0.1}),
+            None,
+            ("beta1", "beta2", "eps", "weight_decay"),
+            oracles.adamw,
+            smooth=("beta1", "beta2", "eps", "weight_decay"),
+        ),
+        Row(
+            "descend",
+            lambda lr=0.1: bf.descend(lr),
+            ({}, {"lr": 0.5}),
+            {"lr": 0.0},
+            ("lr",),
+            oracles.descend,
+            smooth=("lr",),
+        ),
+    ]
+}
+
+NOT_RULES = {"chain", "every", "init", "layers", "named", "rule", "split_synapses", "where"}
+"""Exported functions that compose, select or make models."""
+
+CASES = [(row, settings) for row in TABLE.values() for settings in row.settings]
+IDS = [f"{row.given}-{'-'.join(settings) or 'defaults'}" for row, settings in CASES]
