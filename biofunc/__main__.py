@@ -86,6 +86,8 @@ def _compare(options: argparse.Namespace) -> int:
     summary = report.summarise(comparison)
     meta = report.meta(comparison, time.perf_counter() - started)
     print(report.table(summary, meta["seconds_by_arm"]))
+    if groups > 1:
+        print(f"\n{report.SPLITTING_NOTE}")
     report.write(folder, summary, meta, comparison)
     print(f"\n{folder}/: results.json, curves.png, rates.png; {meta['seconds']:.0f} s in all")
     return 0

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value
+from torch.func import functional_call, grad
 
 import biofunc as bf
 from biofunc.datasets import Dataset
@@ -66,7 +66,7 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class ArmResult:
-    """What became of an arm: test accuracy `(evaluations, seeds)`, final rates, and its share of the wall time."""
+    """What became of an arm: test accuracy `(evaluations, seeds)`, final rates `(seeds, synapses)`, its share of the time."""
 
     accuracy: Tensor
     rates: Tensor
@@ -96,19 +96,24 @@ def compare(config: Config, data: Dataset, advance: Callable[[str], None] = lamb
     """
     evaluated = sorted({round(config.steps * i / EVALUATIONS) for i in range(EVALUATIONS + 1)})
     results: dict[str, ArmResult] = {}
-    execution = ""
+    compiled = compiler_works(config.device)
     for split in (False, True):
         arms = [arm for arm in config.arms if ("weight_splitting" in ARMS[arm]) == split]
         if arms:
-            group, execution = _train_group(config, data, arms, split, evaluated, advance)
-            results |= group
+            results |= _train_group(config, data, arms, split, compiled, evaluated, advance)
+    execution = "compile(vmap(step))" if compiled else "plain vmap(step): no working C++ compiler was found"
     return Comparison(config, evaluated, {arm: results[arm] for arm in config.arms}, execution)
 
 
-def compiler_found() -> bool:
-    """Whether there is a C++ compiler for `torch.compile` on the CPU."""
-    candidates = [os.environ.get("CXX", ""), "g++", "clang++", "c++"]
-    return any(shutil.which(name) for name in candidates if name)
+def compiler_works(device: str) -> bool:
+    """Whether `torch.compile` can build a kernel here: it needs g++ or clang++ and Python's headers, or Triton."""
+    if device == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
+        return False
+    try:
+        torch.compile(lambda x: x * x + 1, fullgraph=True)(torch.zeros(8, device=device))
+    except Exception:  # whatever stands in the way of a trivial kernel stands in the way of the real one
+        return False
+    return True
 
 
 def make_model(features: int) -> nn.Module:
@@ -133,13 +138,15 @@ def _train_group(
     data: Dataset,
     arms: Sequence[str],
     split: bool,
+    compiled: bool,
     evaluated: Sequence[int],
     advance: Callable[[str], None],
-) -> tuple[dict[str, ArmResult], str]:
+) -> dict[str, ArmResult]:
     """Trains arms that share a forward pass; members lie arm by arm, seed by seed."""
     inputs, labels = data.inputs.to(config.device), data.labels.to(config.device)
     features, seeds = inputs.shape[1], range(config.seeds)
-    model = make_model(features)
+    with torch.device("meta"):  # the forward pass alone; members bring the parameters
+        model = make_model(features)
     if split:
         model = bf.split_synapses(model)
     params, _ = bf.ensemble.init(lambda: make_model(features), seeds)
@@ -156,11 +163,13 @@ def _train_group(
         return nn.functional.cross_entropy(functional_call(model, params, (x,)), y)
 
     def step(params: Any, state: bf.BioState, hyper: Any, x: Tensor, y: Tensor) -> tuple[Any, bf.BioState]:
-        grads, _ = grad_and_value(loss)(params, x, y)
+        grads = grad(loss)(params, x, y)
         params, _, state = learn(params, grads, state, **hyper)
         return params, state
 
-    ensemble_step, execution = _executor(step, config.device)
+    ensemble_step = torch.vmap(step)
+    if compiled:
+        ensemble_step = torch.compile(ensemble_step, fullgraph=True)
     train, test = _splits(keys, len(labels))
     x_test, y_test = inputs[test], labels[test]
     group = "weight splitting" if split else "shared forward pass"
@@ -174,9 +183,9 @@ def _train_group(
         advance(group)
     accuracy.append(_accuracy(model, params, x_test, y_test, len(arms)))
     seconds = (time.perf_counter() - start) / len(arms)
-    rates = torch.cat([rate.reshape(len(arms), -1) for rate in state.plasticity.values()], 1)
+    rates = torch.cat([rate.reshape(len(arms), config.seeds, -1) for rate in state.plasticity.values()], -1)
     curves = torch.stack(accuracy, 1)
-    return {arm: ArmResult(curves[i].cpu(), rates[i].cpu(), seconds) for i, arm in enumerate(arms)}, execution
+    return {arm: ArmResult(curves[i].cpu(), rates[i].cpu(), seconds) for i, arm in enumerate(arms)}
 
 
 def _hyperparameters(arms: Sequence[str], config: Config) -> dict[str, Tensor]:
@@ -192,14 +201,6 @@ def _hyperparameters(arms: Sequence[str], config: Config) -> dict[str, Tensor]:
 
 def _per_arm(per_seed: Tensor, arms: int) -> Tensor:
     return per_seed.repeat(arms, *[1] * (per_seed.dim() - 1))
-
-
-def _executor(step: Callable[..., Any], device: str) -> tuple[Callable[..., Any], str]:
-    """The ensemble's step, compiled where that works, and a line that says which."""
-    plain = torch.vmap(step)
-    if device == "cpu" and not compiler_found():
-        return plain, "plain vmap (no C++ compiler found; with one the steps are compiled)"
-    return torch.compile(plain, fullgraph=True), "compile(vmap(step))"
 
 
 def _splits(keys: Tensor, samples: int) -> tuple[Tensor, Tensor]:

@@ -363,7 +363,7 @@ def test_redrawn_synapses_restart_and_others_keep_everything():
 
 @pytest.mark.parametrize("selection", ["small", "random"])
 def test_turnover_has_the_expected_share_for_any_rate(selection):
-    """250 leaves of 20 synapses at rate 0.13: 2.6 a call, rounded up with probability 0.6; binomial bound of 5 sigma."""
+    """250 leaves of 20 synapses at rate 0.13: 2.6 a call, rounded up with probability 0.6; bound of 5 sigma."""
     params = {f"{i}": bf.random.normal(bf.random.key(i), (4, 5)) for i in range(250)}
     state = bf.init(params, bf.random.key(1))
     new, _, _ = bf.rejuvenate_weights(params, params, state, rate=0.13, selection=selection)

@@ -297,15 +297,15 @@ def test_a_wrong_tree_shape_or_dtype_is_named_by_its_path(row):
         (KeyError, "fc2.weight", params, {p: g for p, g in grads.items() if p != "fc2.weight"}),
         (KeyError, "extra", params, {**grads, "extra": grads["fc1.bias"]}),
         (ValueError, r"fc1.weight.*\(2, 2\).*\(5, 6\)", params, {**grads, "fc1.weight": torch.zeros(2, 2)}),
-        (TypeError, "fc1.weight.*float64.*float32", params, {**grads, "fc1.weight": grads["fc1.weight"].double()}),
-        (TypeError, "fc1.weight.*float", params, {**grads, "fc1.weight": 0.5}),
-        (TypeError, "fc1.bias.*int64", {**params, "fc1.bias": torch.zeros(5, dtype=torch.int64)}, grads),
-        (TypeError, "fc1.bias.*complex64", {**params, "fc1.bias": torch.zeros(5, dtype=torch.complex64)}, grads),
+        (TypeError, r"fc1.weight.*float64.*float32", params, {**grads, "fc1.weight": grads["fc1.weight"].double()}),
+        (TypeError, r"fc1.weight.*float", params, {**grads, "fc1.weight": 0.5}),
+        (TypeError, r"fc1.bias.*int64", {**params, "fc1.bias": torch.zeros(5, dtype=torch.int64)}, grads),
+        (TypeError, r"fc1.bias.*complex64", {**params, "fc1.bias": torch.zeros(5, dtype=torch.complex64)}, grads),
     ]
     for error, message, bad_params, bad_grads in wrong:
         with pytest.raises(error, match=message):
             rule(bad_params, bad_grads, state)
-    with pytest.raises(KeyError, match="fc2.weight.*another model"):
+    with pytest.raises(KeyError, match=r"fc2.weight.*another model"):
         rule({"fc1.weight": params["fc1.weight"]}, {"fc1.weight": grads["fc1.weight"]}, state)
 
 
@@ -444,7 +444,7 @@ def remembered(rule, state, path, w):
 
 
 def drawing(rule, state, path):
-    """Draws of a leaf as the contract defines them: kinds one after another, each from a fresh block of four words on."""
+    """Draws of a leaf as the contract defines them: kind after kind, each from a fresh block of four words on."""
     key = bf.random.fold_in(bf.random.fold_in(bf.random.fold_in(state.key, rule.name), state.step), path)
 
     def draws(count, *kinds):

@@ -1,0 +1,37 @@
+"""What the README shows is run."""
+
+import pathlib
+import re
+
+import pytest
+import torch
+
+import biofunc as bf
+
+README = pathlib.Path(__file__).parent.parent / "README.md"
+
+
+@pytest.fixture(scope="module")
+def blocks():
+    return re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+
+
+def test_every_example_runs(blocks):
+    namespace = {}
+    with torch.random.fork_rng():
+        for block in blocks:
+            exec(block, namespace)  # the README is our own text
+    assert namespace["state"].step.tolist() == [3] * 100
+    state = namespace["learn"].init({"w": torch.ones(2, 2)}, bf.random.key(0))
+    params, _, state = namespace["learn"]({"w": torch.ones(2, 2)}, {"w": torch.ones(2, 2)}, state)
+    assert params["w"].shape == (2, 2)
+
+
+def test_quickstart_has_at_most_15_lines(blocks):
+    assert len([line for line in blocks[0].splitlines() if line.strip()]) <= 15
+
+
+def test_table_of_mechanisms_names_every_one():
+    text = README.read_text()
+    for name in bf.__all__:
+        assert name in text or name in ("BioState", "Chain", "Hyperparameter", "Rule", "init", "layers"), name
