@@ -130,8 +130,9 @@ def init(params: Tree, key: Tensor, *rules: Any, where: Selection = None) -> Bio
     flat, _ = trees.flatten(params)
     trees.check_params(flat)
     synapses = [p for p, leaf in flat.items() if is_synapse(p, leaf)] if where is None else select_paths(where, flat)
+    key = key.to(next(iter(flat.values())).device) if flat else key
     # Constants come from the inputs: inside vmap they are then batched and contiguous like all that follows them.
-    zero = key[..., 0] * 0
+    zero = key[0] * 0
     if flat:
         zero = zero + next(iter(flat.values())).detach().reshape(-1)[:0].sum().to(zero)
     one = (zero + 1).to(torch.float32)

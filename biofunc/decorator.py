@@ -123,7 +123,7 @@ def _transform(
     values = {name: value for name, value in values.items() if name not in rule.at_init}
     acted_on = [path for path in params if rule.every_leaf or path in state.plasticity]
     params, grads = dict(params), dict(grads)
-    for dtype, paths in _by_compute_dtype(params, acted_on):
+    for dtype, paths in _groups(params, acted_on):
         weights = {path: _detached(params[path]).to(dtype) for path in paths}
         directions = {path: grads[path].to(dtype) for path in paths}
         given = _cast(values, rule, dtype)
@@ -151,7 +151,7 @@ def _initialise(
         fresh=(*state.fresh, *[(rule.name, entry, value) for entry, value in rule.fresh.items()]),
     )
     acted_on = [path for path in params if rule.every_leaf or path in state.plasticity]
-    for dtype, paths in _by_compute_dtype(params, acted_on):
+    for dtype, paths in _groups(params, acted_on):
         weights = {path: _detached(params[path]).to(dtype) for path in paths}
         if init is None:
             entries = {
@@ -178,11 +178,12 @@ def _keyword_names(function: Callable[..., Any] | None) -> tuple[str, ...]:
     return tuple([p.name for p in parameters if p.kind is p.KEYWORD_ONLY])
 
 
-def _by_compute_dtype(leaves: Leaves, paths: list[str]) -> list[tuple[torch.dtype, list[str]]]:
-    groups: dict[torch.dtype, list[str]] = {}
+def _groups(leaves: Leaves, paths: list[str]) -> list[tuple[torch.dtype, list[str]]]:
+    """Paths by compute dtype and device: within a group, hyperparameters and noise can be shared."""
+    groups: dict[tuple[torch.dtype, torch.device], list[str]] = {}
     for path in paths:
-        groups.setdefault(compute_dtype(leaves[path]), []).append(path)
-    return list(groups.items())
+        groups.setdefault((compute_dtype(leaves[path]), leaves[path].device), []).append(path)
+    return [(dtype, members) for (dtype, _), members in groups.items()]
 
 
 def _cast(values: Mapping[str, Any], rule: Rule, dtype: torch.dtype) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class Noise:
         if self._keys is None:
             raise RuntimeError("this rule has drawn before; a key is used once: ask for all kinds in one noise.draw(…)")
         keys, self._keys = self._keys, None
-        return {path: keys[path] for path in leaves}
+        return {path: keys[path].to(leaf.device) for path, leaf in leaves.items()}
 
     def draw(self, leaves: Leaves, *kinds: str) -> list[Leaves]:
         """Draws all the noise that a rule needs in a step.

@@ -120,7 +120,9 @@ alone_state.step
 
 # %%
 difference = accuracy[-1, SEEDS:] - accuracy[-1, :SEEDS]
-print(f"paired difference to plain: {difference.mean():+.2f} points, standard error {difference.std() / SEEDS**0.5:.2f}")
+print(
+    f"paired difference to plain: {difference.mean():+.2f} points, standard error {difference.std() / SEEDS**0.5:.2f}"
+)
 settled = (rates < 0.5).float().mean()
 print(f"synapses at less than half the rate: {100 * settled:.0f} %")
 

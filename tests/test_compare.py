@@ -214,5 +214,7 @@ def test_import_needs_nothing_but_torch_and_optree():
     blocked = ["numpy", "scipy", "sklearn", "matplotlib", "tqdm", "mlxtend", "mnist1d", "hypothesis", "pytest"]
     block = f"import sys; sys.modules.update(dict.fromkeys({blocked}))"
     code = f"{block}; import biofunc; print(biofunc.chain(biofunc.adam()))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    # torch itself warns when there is no numpy
+    command = [sys.executable, "-W", "error", "-W", "ignore:Failed to initialize NumPy", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "adam(" in done.stdout

@@ -104,6 +104,22 @@ def test_vmapped_double_hyperparameter_promotes_nothing(row, dtype):
 
 
 @every_case
+def test_everything_stays_on_the_device_of_its_leaf(row, settings):
+    """The meta device refuses to mix with the CPU, so it stands for any other device; the key follows the leaves."""
+    params, grads = [{path: leaf.to("meta") for path, leaf in tree.items()} for tree in mlp()]
+    rule = row.make(**settings)
+    state = make_state(rule, params)
+    _, _, new = rule(params, grads, state)
+    assert {leaf.device.type for leaf in leaves(new).values()} == {"meta"}
+    params, grads = [
+        {path: leaf.to("meta") if "fc2" in path else leaf for path, leaf in tree.items()} for tree in mlp()
+    ]
+    new_params, new_grads, _ = rule(params, grads, make_state(rule, params))
+    for path, leaf in params.items():
+        assert new_params[path].device == new_grads[path].device == leaf.device
+
+
+@every_case
 def test_state_is_a_fixed_point_in_structure_stride_and_dtype(row, settings):
     params, grads = mlp()
     state = make_state(row.make(**settings), params)
