@@ -66,7 +66,7 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class ArmResult:
-    """What became of an arm: test accuracy `(evaluations, seeds)`, final rates `(seeds, synapses)`, its share of the time."""
+    """Test accuracy `(evaluations, seeds)` of an arm, final rates `(seeds, synapses)`, its share of the wall time."""
 
     accuracy: Tensor
     rates: Tensor

@@ -74,6 +74,8 @@ def rule(
             if name not in keywords:
                 raise TypeError(f"{function.__name__} declares no keyword '{name}'")
         remembers = init is not None or bool(memory)
+        signature = inspect.signature(function)
+        parameters = signature.parameters
         made = Rule(
             name=function.__name__.lstrip("_"),
             phase=phase,
@@ -81,7 +83,9 @@ def rule(
             initialise=functools.partial(_initialise, init, _keyword_names(init)) if remembers else None,
             accepts=tuple([name for name in keywords if name not in _INJECTED]),
             at_init=at_init,
-            ranges={name: Interval(text) for name, text in (ranges or {}).items()},
+            ranges={
+                name: Interval(text, optional=parameters[name].default is None) for name, text in (ranges or {}).items()
+            },
             bound={},
             draws="noise" in keywords,
             redraws=redraws,
@@ -97,8 +101,7 @@ def rule(
         ) -> tuple[Tree, Tree, BioState]:
             return made(params, grads, state, *args, **keywords)
 
-        signature = inspect.signature(function)
-        shown = [p for name, p in signature.parameters.items() if name not in _INJECTED]
+        shown = [p for name, p in parameters.items() if name not in _INJECTED]
         call.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
         call.rule = made  # type: ignore[attr-defined]
         return call

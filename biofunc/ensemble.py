@@ -30,7 +30,7 @@ def init(make_model: Callable[[], nn.Module], seeds: Iterable[int]) -> tuple[Lea
 
     Raises:
         TypeError: a seed is not an integer, or `make_model` returns no module.
-        ValueError: no seeds, members of different shapes, or a layer keeps running statistics.
+        ValueError: no seeds, a seed beyond 64 bits, members of different shapes, or a layer keeps running statistics.
     """
     seeds = list(seeds)
     if not seeds:
@@ -40,6 +40,8 @@ def init(make_model: Callable[[], nn.Module], seeds: Iterable[int]) -> tuple[Lea
         for seed in seeds:
             if isinstance(seed, bool) or not isinstance(seed, int):
                 raise TypeError(f"seeds holds {seed!r}; every seed is an integer")
+            if not -(2**63) <= seed < 2**64:
+                raise ValueError(f"seeds holds {seed}; every seed lies in [-2^63, 2^64)")
             torch.manual_seed(seed)
             model = make_model()
             if not isinstance(model, nn.Module):
@@ -65,6 +67,7 @@ def stack(members: Sequence[T]) -> T:
 
     Raises:
         ValueError: no members, or trees or shapes that differ.
+        TypeError: dtypes that differ.
     """
     if not members:
         raise ValueError("members is empty; stack takes at least one tree")
@@ -77,6 +80,9 @@ def stack(members: Sequence[T]) -> T:
             if leaf.shape != first[path].shape:
                 shapes = f"{tuple(leaf.shape)} in member {index} and {tuple(first[path].shape)} in member 0"
                 raise ValueError(f"leaf '{path}' has shape {shapes}; all members of an ensemble are shaped alike")
+            if leaf.dtype != first[path].dtype:
+                dtypes = f"{leaf.dtype} in member {index} and {first[path].dtype} in member 0"
+                raise TypeError(f"leaf '{path}' has dtype {dtypes}; all members of an ensemble have the same dtypes")
     stacked: T = trees.unflatten(structure, {path: torch.stack([leaves[path] for leaves, _ in flat]) for path in first})
     return stacked
 

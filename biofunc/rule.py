@@ -32,9 +32,10 @@ Flat = tuple[Leaves, Leaves, BioState]
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """A range in interval notation, "[0, 1)"."""
+    """A range in interval notation, "[0, 1)"; optional: None stands for "not used"."""
 
     text: str
+    optional: bool = False
 
     def __contains__(self, value: float) -> bool:
         low, high = [float(bound) for bound in self.text[1:-1].split(",")]
@@ -125,7 +126,7 @@ class Rule:
             )
 
     def _check_value(self, name: str, value: Any) -> None:
-        if name not in self.ranges or value is None or isinstance(value, Tensor):
+        if name not in self.ranges or isinstance(value, Tensor) or (value is None and self.ranges[name].optional):
             return
         if callable(value):
             if name in self.at_init:

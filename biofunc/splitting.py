@@ -35,7 +35,7 @@ class Contacts:
     def __call__(self, layer: nn.Module, inputs: object, output: Tensor) -> Tensor:
         y = output if self.activation is None else self.activation(output)
         dim = y.dim() + self.feature_dim
-        groups = y.reshape(*y.shape[:dim], -1, self.gamma, *y.shape[dim + 1 :])
+        groups = y.reshape(*y.shape[:dim], y.shape[dim] // self.gamma, self.gamma, *y.shape[dim + 1 :])
         return groups.sum(dim + 1, keepdim=True).expand(groups.shape).flatten(dim, dim + 1)
 
 
@@ -93,6 +93,11 @@ def split_synapses(
             raise ValueError(f"layer '{name}' is split already; split the original model")
     if gamma == 1 and activation is None:
         return split
+    for module in split.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = (
+                False  # layers that have hooks cannot take the nested tensors it makes in eval mode
+            )
     for layer in layers.values():
         spatial_dims = 0 if isinstance(layer, nn.Linear) else len(layer.kernel_size)
         layer.register_forward_hook(Contacts(gamma, -1 - spatial_dims, activation))

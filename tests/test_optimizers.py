@@ -99,7 +99,7 @@ def test_descend_alone_is_sgd_without_momentum():
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.05])
-@pytest.mark.parametrize(("betas", "eps"), [((0.9, 0.999), 1e-8), ((0.5, 0.9), 1e-3), ((0.0, 0.99), 1e-8)])
+@pytest.mark.parametrize(("betas", "eps"), [((0.9, 0.999), 1e-8), ((0.5, 0.99), 1e-3), ((0.0, 0.99), 1e-8)])
 @pytest.mark.parametrize(("rule_of", "torch_optimizer"), [(bf.adam, torch.optim.Adam), (bf.adamw, torch.optim.AdamW)])
 def test_adam_and_adamw_are_those_of_torch(rule_of, torch_optimizer, betas, eps, weight_decay):
     rule = rule_of(beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=weight_decay)
@@ -291,7 +291,7 @@ def test_a_rule_of_ones_own_declares_memory_that_restarts_at_its_fresh_value():
     params = params_of()
     learn = bf.chain(grow_old, bf.descend(0.1), bf.every(3, redraw))
     ages = run(learn, params, learn.init(params, bf.random.key(0)), 4)[2].slots["grow_old"]["age"]
-    assert list(ages) == ["w", "v"] or list(ages) == ["v", "w"]
+    assert set(ages) == {"w", "v"}
     for path, mask in MASKS.items():
         assert torch.equal(ages[path], torch.where(mask, 6.0, 9.0).double())
 
