@@ -126,7 +126,14 @@ class Rule:
             )
 
     def _check_value(self, name: str, value: Any) -> None:
-        if name not in self.ranges or isinstance(value, Tensor) or (value is None and self.ranges[name].optional):
+        if name not in self.ranges or (value is None and self.ranges[name].optional):
+            return
+        if isinstance(value, Tensor):
+            if value.dim():
+                raise ValueError(
+                    f"{self.name}: {name} has shape {tuple(value.shape)}; it must be a number or a 0-d tensor: "
+                    "torch.vmap tries several values"
+                )
             return
         if callable(value):
             if name in self.at_init:

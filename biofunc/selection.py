@@ -1,9 +1,11 @@
 """Which leaves of a tree are synapses, and which of them a rule acts on."""
 
+import dataclasses
 import fnmatch
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from biofunc import trees
@@ -45,6 +47,27 @@ def is_synapse(path: str, leaf: Tensor) -> bool:
     return leaf.dim() >= 2
 
 
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """A mask tree as a flat dict."""
+
+    flags: dict[str, Any]
+
+
+def prepared(where: Selection) -> Selection:
+    """The selection in a form that a compiled step can use: a mask tree is flattened once, outside the trace."""
+    return where if isinstance(where, str) or callable(where) else _mask(where)
+
+
+def _mask(where: Tree) -> Mask:
+    return where if isinstance(where, Mask) else Mask(trees.flatten(where)[0])
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _matches(path: str, glob: str) -> bool:
+    return fnmatch.fnmatchcase(path, glob)
+
+
 def select_paths(where: Selection, params: Leaves) -> list[str]:
     """Paths of the leaves that a selection picks, in the order of the tree.
 
@@ -54,11 +77,11 @@ def select_paths(where: Selection, params: Leaves) -> list[str]:
         ValueError: nothing is selected.
     """
     if isinstance(where, str):
-        chosen = [path for path in params if fnmatch.fnmatchcase(path, where)]
+        chosen = [path for path in params if _matches(path, where)]
     elif callable(where):
         chosen = [path for path, leaf in params.items() if where(path, leaf)]
     else:
-        chosen = _from_mask(trees.flatten(where)[0], params)
+        chosen = _from_mask(_mask(where).flags, params)
     if not chosen:
         shown = where if isinstance(where, str) else getattr(where, "__name__", "mask")
         raise ValueError(f"where={shown!r} selects no synapse; the paths are: {', '.join(params) or '(none)'}")

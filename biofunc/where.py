@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from biofunc.rule import Flat, Rule, as_rule
-from biofunc.selection import Selection, select_paths
+from biofunc.selection import Selection, prepared, select_paths
 from biofunc.state import BioState
 from biofunc.trees import Leaves
 
@@ -27,6 +27,7 @@ def where(selection: Selection, rule: Any) -> Rule:
         ValueError: at init, when the selection is empty.
     """
     inner = as_rule(rule)
+    selection = prepared(selection)
 
     def transform(self: Rule, params: Leaves, grads: Leaves, state: BioState, keywords: dict[str, Any]) -> Flat:
         chosen = select_paths(selection, params)

@@ -2,7 +2,7 @@
 
 The oracle is Philox over Python's unbounded integers, one block at a time: nothing in it can overflow, wrap or be
 vectorised. Statistics are taken with fixed keys, so they pass always or never. A p-value must exceed 1e-4 and a
-z-score stay below 5 in magnitude: a sound generator misses such a bound for one choice of the keys in some hundred.
+z-score stay below 5 in magnitude: a sound generator misses one of these bounds in fewer than one choice of keys in 50.
 """
 
 import hashlib
@@ -26,11 +26,9 @@ DRAWS = [random.uniform, random.normal]
 
 EDGES = [0, 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1, -1, -(2**63)]
 uint64s = st.sampled_from(EDGES) | st.integers(-(2**63), 2**64 - 1)
-# (seed, offset); many offsets lie so close below a power that a draw carries into the high word, or wraps
-offsets = uint64s | st.builds(
-    lambda edge, below: edge - below, st.sampled_from([2**32, 2**63, 2**64]), st.integers(0, 6)
-)
-pairs = st.tuples(uint64s, offsets).map(lambda pair: (pair[0] % 2**64, pair[1] % 2**64))
+# offsets: many lie so close below a power that a draw carries into the high word, or wraps
+below_powers = st.builds(lambda edge, below: edge - below, st.sampled_from([2**32, 2**63, 2**64]), st.integers(0, 6))
+pairs = st.tuples(uint64s, uint64s | below_powers).map(lambda pair: (pair[0] % 2**64, pair[1] % 2**64))
 data = uint64s | st.integers(-300, 300)
 
 
@@ -235,15 +233,13 @@ def test_fold_in_of_a_name_is_the_oracle(pair, name):
 
 
 @given(pair=pairs, name=st.text(), data=data)
-def test_a_name_meets_no_integer_and_no_draw(pair, name, data):
+def test_a_name_meets_no_integer(pair, name, data):
     """Not even the integer that is its hash, nor its own digits: names have a counter domain of their own."""
     key = key_of(pair)
     named = random.fold_in(key, name)
     assert not torch.equal(named, random.fold_in(key, data))
     assert not torch.equal(named, random.fold_in(key, random.hash_name(name)))
     assert not torch.equal(random.fold_in(key, str(data)), random.fold_in(key, data))
-    block = oracle_block(pair, random.hash_name(name))
-    assert pair_of(named) != (block[0] | block[1] << 32, block[2] | block[3] << 32)
 
 
 @given(pair=pairs, names=st.lists(st.text(), min_size=1, max_size=4))
@@ -492,18 +488,17 @@ def test_compiled_vmap_gives_the_bits_of_a_loop():
 def test_compiled_nested_vmap_of_gradients_gives_the_bits_of_a_loop():
     """With the keys derived inside, as a step of an ensemble derives them: from a name and a step that is a tensor."""
 
-    def noise(key, step, draw):
-        return draw(random.fold_in(random.fold_in(key, "rule"), step), (5,))
+    def product(key, step):
+        key = random.fold_in(random.fold_in(key, "rule"), step)
+        return random.uniform(key, (5,)) * random.normal(key, (5,))
 
     def member(key, step):
-        loss = lambda w: (w * noise(key, step, random.normal) * noise(key, step, random.uniform)).sum()  # noqa: E731
-        return torch.func.grad(loss)(torch.ones(5))
+        return torch.func.grad(lambda w: (w * product(key, step)).sum())(torch.ones(5))
 
     keys, step = random.split(random.key(42), 6).view(2, 3, 2), torch.tensor(11)
     nested = torch.vmap(torch.vmap(member, in_dims=(0, None)), in_dims=(0, None))
-    product = [[noise(key, step, random.normal) * noise(key, step, random.uniform) for key in row] for row in keys]
-    compiled = torch.compile(nested, fullgraph=True)(keys, step)
-    assert torch.equal(compiled, torch.stack([torch.stack(row) for row in product]))
+    loop = torch.stack([in_a_loop(product, row, step) for row in keys])
+    assert torch.equal(torch.compile(nested, fullgraph=True)(keys, step), loop)
 
 
 # Streams of many lengths in one call
@@ -695,8 +690,8 @@ def test_bytes_of_neighbouring_words_take_all_pairs_equally_often(many_words, sh
 
 def test_words_repeat_as_often_as_birthdays_do(many_words):
     """2^20 of 2^32 values: 128 pairs coincide, give or take 11; a permutation of 32 bits would have none."""
-    pairs = 2**20 - np.unique(many_words[: 2**20]).size
-    assert abs(pairs - 128) < BOUND * math.sqrt(128)
+    repeats = 2**20 - np.unique(many_words[: 2**20]).size
+    assert abs(repeats - 128) < BOUND * math.sqrt(128)
 
 
 @pytest.mark.parametrize("lag", [1, 2, 3, 4, 5, 8, 64, 1000, 4096])
@@ -780,19 +775,18 @@ def test_kinds_and_leaves_of_one_draw_are_uncorrelated():
 # Bad input
 
 
-def _uses_of_a_key():
-    return {
-        "split": random.split,
-        "fold_in": lambda key: random.fold_in(key, 1),
-        "fold_in of a name": lambda key: random.fold_in(key, "a"),
-        "uniform": random.uniform,
-        "normal": random.normal,
-        "bernoulli": random.bernoulli,
-        "rademacher": random.rademacher,
-    }
+USES_OF_A_KEY = {
+    "split": random.split,
+    "fold_in": lambda key: random.fold_in(key, 1),
+    "fold_in of a name": lambda key: random.fold_in(key, "a"),
+    "uniform": random.uniform,
+    "normal": random.normal,
+    "bernoulli": random.bernoulli,
+    "rademacher": random.rademacher,
+}
 
 
-@pytest.mark.parametrize("use", _uses_of_a_key().values(), ids=_uses_of_a_key().keys())
+@pytest.mark.parametrize("use", USES_OF_A_KEY.values(), ids=USES_OF_A_KEY.keys())
 @pytest.mark.parametrize(
     "key",
     [
@@ -815,7 +809,7 @@ def test_what_is_no_key_is_refused_with_what_would_be_one(use, key):
         use(key)
 
 
-@pytest.mark.parametrize("seed", [True, 1.0, "1", None, [1], np.int64(1)])
+@pytest.mark.parametrize("seed", [True, 1.0, "1", None, [1]])
 def test_a_seed_is_an_integer(seed):
     with pytest.raises(TypeError, match="a seed must be an integer or an int64 tensor"):
         random.key(seed)
@@ -841,7 +835,7 @@ def test_a_split_has_a_child(num):
 
 @pytest.mark.parametrize(
     "data",
-    [1.0, True, None, b"a", [1], torch.tensor(1.0), torch.tensor(True), torch.tensor(1j), np.int64(1)],
+    [1.0, True, None, b"a", [1], torch.tensor(1.0), torch.tensor(True), torch.tensor(1j)],
     ids=repr,
 )
 def test_fold_in_takes_integers_and_names(data):
