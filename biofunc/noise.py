@@ -15,6 +15,8 @@ from biofunc import philox, random
 from biofunc.state import BioState
 from biofunc.trees import Leaves
 
+_KINDS = ("uniform", "normal", "coin")
+
 
 class Noise:
     """Draws for the leaves of one rule at one step; handed to a rule that declares the keyword `noise`."""
@@ -43,7 +45,7 @@ class Noise:
         """Draws all the noise that a rule needs in a step.
 
         Args:
-            leaves: tensors by path; a draw has the shape and dtype of its leaf.
+            leaves: tensors by path; a draw has the shape of its leaf and is rounded to its dtype.
             kinds: "uniform" in [0, 1), "normal" standard normal, or "coin", one 0-d uniform per leaf.
 
         Returns:
@@ -51,7 +53,12 @@ class Noise:
 
         Raises:
             RuntimeError: the rule has drawn before; a key is used once, so ask for all kinds in one call.
+            ValueError: an unknown kind, or none.
         """
+        if not kinds or not set(kinds) <= set(_KINDS):
+            raise ValueError(
+                f"kinds are {', '.join(map(repr, kinds)) or 'none'}; draw one or more of {', '.join(_KINDS)}"
+            )
         keys = self.keys(leaves)
         # Within the stream of a leaf the kinds follow one another, each from a fresh block on.
         sizes = [[1 if kind == "coin" else leaf.numel() for kind in kinds] for leaf in leaves.values()]

@@ -75,6 +75,8 @@ def ragged_words(keys: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
 
     A tree of many leaves then costs as many kernel launches as a single leaf.
     """
+    if not keys:
+        return []
     sizes = [-(-count // 4) for count in counts]
     seed = torch.cat([key[0].expand(size) for key, size in zip(keys, sizes, strict=True)])
     offset = torch.cat([key[1].expand(size) for key, size in zip(keys, sizes, strict=True)])

@@ -48,7 +48,9 @@ def key(seed: int | Tensor, *, device: torch.device | str | None = None) -> Tens
         raise TypeError(f"seed is {seed!r} ({type(seed).__name__}); a seed must be an integer or an int64 tensor")
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed is {seed}; it must lie in [-2^63, 2^64)")
-    return torch.tensor([(seed + 2**63) % 2**64 - 2**63, 0], device=device)
+    # Not torch.tensor([seed, 0]): compiled, that would be inlined into each of the generator's rounds
+    signed = torch.full((), (seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
+    return torch.stack([signed, torch.zeros_like(signed)])
 
 
 def split(key: Tensor, num: int = 2) -> Tensor:
@@ -62,10 +64,12 @@ def split(key: Tensor, num: int = 2) -> Tensor:
         int64 `(num, ..., 2)`.
 
     Raises:
-        TypeError: `key` is not a key.
+        TypeError: `key` is not a key, or `num` no integer.
         ValueError: `num` is below 1.
     """
     check_key(key)
+    if isinstance(num, bool) or not isinstance(num, int):
+        raise TypeError(f"num is {num!r}; the number of keys is an integer")
     if num < 1:
         raise ValueError(f"num is {num}; it must be at least 1")
     index = torch.arange(num, device=key.device).view(-1, *[1] * (key.dim() - 1))
@@ -185,15 +189,17 @@ def rademacher(key: Tensor, shape: Sequence[int] = (), *, dtype: torch.dtype = t
     Args:
         key: int64 `(..., 2)`.
         shape: shape of the draw of one key.
-        dtype: dtype of the result.
+        dtype: a floating or signed integer dtype.
 
     Returns:
         `(..., *shape)` of `dtype`.
 
     Raises:
-        TypeError: `key` is not a key.
+        TypeError: `key` is not a key, or `dtype` cannot hold -1.
     """
     check_key(key)
+    if not (dtype.is_floating_point or dtype.is_signed):
+        raise TypeError(f"dtype is {dtype}, which cannot hold -1; give a floating or signed integer dtype")
     words = philox.words(key, math.prod(shape))
     return philox.to_sign(words).to(dtype).reshape((*key.shape[:-1], *shape))
 
@@ -208,8 +214,9 @@ def hash_name(name: str) -> int:
 
 def fold_in_names(key: Tensor, names: Sequence[str]) -> Tensor:
     """Keys of many names at once: `stack([fold_in(key, name) for name in names])`, in one Philox call."""
-    words = torch.tensor([philox.words_of(hash_name(name)) for name in names], device=key.device)
-    return philox.derive(key.unsqueeze(-2), words[:, 0], words[:, 1], domain=_NAMES)
+    words = torch.tensor([philox.words_of(hash_name(name)) for name in names], dtype=torch.int64, device=key.device)
+    low, high = words.reshape(-1, 2).unbind(-1)
+    return philox.derive(key.unsqueeze(-2), low, high, domain=_NAMES)
 
 
 def check_key(key: Tensor) -> None:

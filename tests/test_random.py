@@ -69,6 +69,23 @@ def oracle_fold_in(pair, data):
 # Helpers
 
 
+class Int64(int):
+    """A number whose arithmetic raises where that of an int64 would overflow."""
+
+
+def _checked(operation):
+    def checked(self, other):
+        result = operation(self, other)
+        assert -(2**63) <= result < 2**63, f"{operation.__name__} of {int(self)} and {int(other)} overflows int64"
+        return Int64(result)
+
+    return checked
+
+
+for _name in ["add", "sub", "mul", "and", "or", "xor", "lshift", "rshift"]:
+    setattr(Int64, f"__{_name}__", _checked(getattr(int, f"__{_name}__")))
+
+
 def signed(number):
     return struct.unpack("<q", struct.pack("<Q", number % 2**64))[0]
 
@@ -82,10 +99,6 @@ def key_of(*pairs):
 def pair_of(key):
     seed, offset = key.tolist()
     return seed % 2**64, offset % 2**64
-
-
-def uniform_and_normal(key, shape):
-    return random.uniform(key, shape), random.normal(key, shape)
 
 
 def in_a_loop(draw, keys, *args):
@@ -175,14 +188,17 @@ def test_names_are_hashed_by_fnv_1a(name, digest):
 # The oracle's answers
 
 
-@given(word=st.sampled_from([0, 1, 2**31, 2**32 - 1]) | st.integers(0, 2**32 - 1))
-@pytest.mark.parametrize("multiplier", philox.MULTIPLIERS)
-def test_products_are_exact_and_never_overflow_int64(multiplier, word):
+@given(pair=pairs, data=data, domain=st.integers(0, 1))
+@example(pair=(2**64 - 1, 2**64 - 1), data=2**64 - 1, domain=1)
+@example(pair=(2**63, 2**63), data=2**63, domain=0)
+def test_blocks_and_keys_never_overflow_int64(pair, data, domain):
     """Overflow of signed integers is undefined in compiled kernels, even where eager code wraps."""
-    assert abs(word * (multiplier - 2**32)) < 2**62
-    assert philox._multiply(word, multiplier) == (word * multiplier >> 32, word * multiplier % 2**32)
-    high, low = philox._multiply(torch.tensor(word), multiplier)
-    assert (high.item(), low.item()) == (word * multiplier >> 32, word * multiplier % 2**32)
+    seed, offset, low, high = (Int64(signed(pair[0])), Int64(signed(pair[1])), *map(Int64, philox.words_of(data)))
+    words = philox.blocks(seed, offset, low, high, Int64(domain))
+    assert words == list(oracle_block(pair, data, domain))
+    for low in words:
+        for high in words:
+            assert philox._join(low, high) == signed(int(high) << 32 | int(low))
 
 
 @given(seed=uint64s)
@@ -269,6 +285,7 @@ def test_bernoulli_is_the_oracle(pair, count, p):
     expected = [word % 2**24 / 2**24 < p for word in oracle_words(pair, count)]
     assert random.bernoulli(key_of(pair), p, (count,)).tolist() == expected
     assert random.bernoulli(key_of(pair), torch.full((count,), p)).tolist() == expected
+    assert not random.bernoulli(key_of(pair), random.uniform(key_of(pair), (count,))).any()  # below, not equal
 
 
 @given(pair=pairs, count=st.integers(1, 21))
@@ -473,27 +490,29 @@ def test_noise_inside_a_gradient_has_the_same_bits(draw, size):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_compiled_vmap_gives_the_bits_of_a_loop():
-    """The first call compiles for its shapes, the second for symbolic ones, which the third uses too."""
-    step = torch.compile(
-        lambda keys, weight: torch.vmap(lambda key: uniform_and_normal(key, weight.shape))(keys), fullgraph=True
-    )
+def test_compiled_vmap_gives_the_bits_of_a_loop_at_every_shape():
+    """One graph, of symbolic shapes, as the compiler makes it when a second shape comes along."""
+
+    def draws(keys, weight):
+        return torch.vmap(lambda key: tuple(draw(key, weight.shape) for draw in DRAWS))(keys)
+
+    compiled = torch.compile(draws, fullgraph=True, dynamic=True)
     for members, size in [(3, 1001), (50, 4099), (7, 7)]:
         keys = random.split(random.key(members), members)
         loop = [in_a_loop(draw, keys, (size,)) for draw in DRAWS]
-        assert all_equal(step(keys, torch.zeros(size)), loop)
+        assert all_equal(compiled(keys, torch.zeros(size)), loop)
 
 
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_nested_vmap_of_gradients_gives_the_bits_of_a_loop():
-    """With the keys derived inside, as a step of an ensemble derives them: from a name and a step that is a tensor."""
+    """One graph of fixed shapes; the keys are derived inside, from a name and a step that is a tensor."""
 
     def product(key, step):
         key = random.fold_in(random.fold_in(key, "rule"), step)
-        return random.uniform(key, (5,)) * random.normal(key, (5,))
+        return random.uniform(key, (1001,)) * random.normal(key, (1001,))
 
     def member(key, step):
-        return torch.func.grad(lambda w: (w * product(key, step)).sum())(torch.ones(5))
+        return torch.func.grad(lambda w: (w * product(key, step)).sum())(torch.ones(1001))
 
     keys, step = random.split(random.key(42), 6).view(2, 3, 2), torch.tensor(11)
     nested = torch.vmap(torch.vmap(member, in_dims=(0, None)), in_dims=(0, None))
@@ -855,3 +874,25 @@ def test_uniforms_and_normals_are_floating(dtype):
         random.uniform(random.key(42), (3,), dtype=dtype)
     with pytest.raises(TypeError, match="normal draws floating dtypes"):
         random.normal(random.key(42), (3,), dtype=dtype)
+
+
+# --- what is refused ---
+
+
+def test_a_misspelt_kind_of_noise_is_refused():
+    leaves = {"a": torch.zeros(2)}
+    for kinds in (("gaussian",), ("normal", "unifrom"), ()):
+        with pytest.raises(ValueError, match="draw one or more of uniform, normal, coin"):
+            Noise({"a": random.key(0)}).draw(leaves, *kinds)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8])
+def test_signs_need_a_dtype_that_holds_minus_one(dtype):
+    with pytest.raises(TypeError, match="cannot hold -1"):
+        random.rademacher(random.key(0), (4,), dtype=dtype)
+
+
+@pytest.mark.parametrize("num", [2.0, True, "2"])
+def test_the_number_of_keys_is_an_integer(num):
+    with pytest.raises(TypeError, match="num is"):
+        random.split(random.key(0), num)
