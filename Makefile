@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint clean
 
 demo: .venv/demo
 	$(BIN)/python -m biofunc compare

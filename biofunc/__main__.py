@@ -37,9 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return _compare(options)
-    except (ValueError, TypeError, KeyError, ModuleNotFoundError, OSError) as error:
-        message = error.args[0] if isinstance(error, KeyError) else str(error)
-        parser.error(str(message).replace("\n", " "))
+    except ModuleNotFoundError as error:
+        hint = "" if "pip install" in str(error) else ": pip install 'biofunc[demo]'"
+        parser.error(f"{error}{hint}")
+    except (ValueError, TypeError, OSError) as error:
+        parser.error(str(error).replace("\n", " "))
     except KeyboardInterrupt:
         print("\nbiofunc: interrupted; nothing was written", file=sys.stderr)
         return 130
@@ -117,6 +119,8 @@ def _config(options: argparse.Namespace) -> "Config":
         device = torch.device(options.device)
     except RuntimeError:
         raise ValueError(f"argument --device: '{options.device}' is unknown; give cpu or cuda") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"argument --device: '{options.device}' is not supported; give cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("argument --device: cuda is not available here; give cpu")
     chosen = tuple([arm for arm in compare.ARMS if arm == "plain" or options.arms is None or arm in options.arms])

@@ -4,14 +4,11 @@ import torch
 from torch import Tensor
 
 from biofunc.decorator import rule
-from biofunc.rule import Hyperparameter, Rule, as_rule
+from biofunc.rule import Hyperparameter, Rule, as_rule, named
 from biofunc.state import BioState
 from biofunc.trees import Leaves
 
 __all__ = ["adam", "adamw"]
-
-_MOMENTS = {"mean": 0.0, "square": 0.0, "count": 0.0}
-_RANGES = {"beta1": "[0, 1)", "beta2": "[0, 1)", "eps": "[0, inf)", "weight_decay": "[0, inf)"}
 
 
 def adam(
@@ -72,7 +69,8 @@ def adamw(
 
     Source: Loshchilov, Hutter 2019, arXiv 1711.05101, algorithm 2.
     """
-    return as_rule(_adamw).bind(beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
+    rule = named("adamw", _adam)
+    return rule.bind(beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, decoupled=True)
 
 
 def _moments(params: Leaves, state: BioState, *, redraws: bool, name: str) -> BioState:
@@ -84,24 +82,13 @@ def _moments(params: Leaves, state: BioState, *, redraws: bool, name: str) -> Bi
     return state.with_slot(name, mean=zeros, square={p: z.clone() for p, z in zeros.items()}, count=counts)
 
 
-def _direct(
-    grads: Leaves, state: BioState, name: str, beta1: float, beta2: float, eps: float
-) -> tuple[Leaves, BioState]:
-    slot = state.slots[name]
-    mean = {path: beta1 * slot["mean"][path] + (1 - beta1) * g for path, g in grads.items()}
-    square = {path: beta2 * slot["square"][path] + (1 - beta2) * g * g for path, g in grads.items()}
-    count = {path: slot["count"][path] + 1 for path in grads}
-
-    def direction(m: Tensor, v: Tensor, t: Tensor) -> Tensor:
-        m_hat = m / (1 - beta1**t)
-        v_hat = v / (1 - beta2**t)
-        return m_hat / (v_hat.sqrt() + eps)
-
-    directions = {path: direction(mean[path], square[path], count[path]) for path in grads}
-    return directions, state.with_slot(name, mean=mean, square=square, count=count)
-
-
-@rule(phase="optimizer", ranges=_RANGES, init=_moments, memory=_MOMENTS, every_leaf=True)
+@rule(
+    phase="optimizer",
+    ranges={"beta1": "[0, 1)", "beta2": "[0, 1)", "eps": "[0, inf)", "weight_decay": "[0, inf)"},
+    init=_moments,
+    memory={"mean": 0.0, "square": 0.0, "count": 0.0},
+    every_leaf=True,
+)
 def _adam(
     params: Leaves,
     grads: Leaves,
@@ -111,24 +98,26 @@ def _adam(
     beta2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
+    decoupled: bool = False,
     name: str,
 ) -> tuple[Leaves, Leaves, BioState]:
-    decayed = {path: g + weight_decay * params[path] for path, g in grads.items()}
-    directions, state = _direct(decayed, state, name, beta1, beta2, eps)
-    return params, directions, state
+    def decay(tree: Leaves) -> Leaves:
+        return {path: leaf + weight_decay * params[path] for path, leaf in tree.items()}
+
+    def direction(m: Tensor, v: Tensor, t: Tensor) -> Tensor:
+        return m / (1 - beta1**t) / (_root(v / (1 - beta2**t)) + eps)
+
+    slot = state.slots[name]
+    grads = grads if decoupled else decay(grads)
+    mean = {path: beta1 * slot["mean"][path] + (1 - beta1) * g for path, g in grads.items()}
+    square = {path: beta2 * slot["square"][path] + (1 - beta2) * g * g for path, g in grads.items()}
+    count = {path: slot["count"][path] + 1 for path in grads}
+    directions = {path: direction(mean[path], square[path], count[path]) for path in grads}
+    state = state.with_slot(name, mean=mean, square=square, count=count)
+    return params, decay(directions) if decoupled else directions, state
 
 
-@rule(phase="optimizer", ranges=_RANGES, init=_moments, memory=_MOMENTS, every_leaf=True)
-def _adamw(
-    params: Leaves,
-    grads: Leaves,
-    state: BioState,
-    *,
-    beta1: float = 0.9,
-    beta2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 1e-2,
-    name: str,
-) -> tuple[Leaves, Leaves, BioState]:
-    directions, state = _direct(grads, state, name, beta1, beta2, eps)
-    return params, {path: d + weight_decay * params[path] for path, d in directions.items()}, state
+def _root(v: Tensor) -> Tensor:
+    """Square root whose derivative at 0 is 0, not infinity: synapses without gradient leave meta-gradients finite."""
+    positive = v > 0
+    return torch.where(positive, torch.where(positive, v, 1.0).sqrt(), v)

@@ -1,17 +1,16 @@
 """Composition: one rule after another, as one pure function with one state."""
 
 import dataclasses
+from collections.abc import Callable, Collection
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from biofunc import random, trees
-from biofunc.noise import step_noise
-from biofunc.rule import Rule, as_rule, compute_dtype, flatten_inputs
+from biofunc import philox, random, trees
+from biofunc.rule import Rule, as_rule, compute_dtype, on_trees
 from biofunc.selection import Selection, is_synapse, select_paths
 from biofunc.state import BioState
-from biofunc.trees import Tree
+from biofunc.trees import Leaves, Tree
 
 __all__ = ["Chain", "chain", "init"]
 
@@ -60,22 +59,8 @@ class Chain:
             TypeError: no rule takes a signal.
             KeyError, ValueError, TypeError: trees that do not match; nothing is changed then.
         """
-        for name in signals:
-            takers = [rule for rule in self.rules if name in rule.accepts]
-            if not takers:
-                accepted = sorted({keyword for rule in self.rules for keyword in rule.accepts})
-                raise TypeError(f"no rule of the chain takes '{name}'; they take: {', '.join(accepted) or 'nothing'}")
-            for rule in takers:
-                rule.check_keyword(name, at_step=True)
-        flat_params, flat_grads, structures = flatten_inputs(params, grads, state)
-        noise = step_noise(state, [rule.name for rule in self.rules if rule.draws], list(flat_params))
-        for rule in self.rules:
-            keywords = {name: value for name, value in signals.items() if name in rule.accepts}
-            if rule.draws:
-                keywords["noise"] = noise[rule.name]
-            flat_params, flat_grads, state = rule.transform(rule, flat_params, flat_grads, state, keywords)
-        state = state.replace(step=state.step + 1)
-        return trees.unflatten(structures[0], flat_params), trees.unflatten(structures[1], flat_grads), state
+        params, grads, state = on_trees(list(self.rules), params, grads, state, signals)
+        return params, grads, state.replace(step=state.step + 1)
 
     def __repr__(self) -> str:
         return "\n".join(["chain(", *[f"    {rule!r}," for rule in self.rules], ")"])
@@ -114,7 +99,7 @@ def init(params: Tree, key: Tensor, *rules: Any, where: Selection = None) -> Bio
 
     Args:
         params: tree of floating-point parameters.
-        key: from `biofunc.random.key`.
+        key: from `biofunc.random.key`; it moves to the device of the parameters.
         rules: the rules that will be called with the state; keywords bound with `functools.partial` reach their init.
         where: which leaves are synapses, see `Chain.init`.
 
@@ -125,27 +110,45 @@ def init(params: Tree, key: Tensor, *rules: Any, where: Selection = None) -> Bio
         TypeError, ValueError, KeyError: a leaf is not floating point, a key is none, or `where` selects nothing.
     """
     random.check_key(key)
+    if key.dim() != 1:
+        raise ValueError(
+            f"key has shape {tuple(key.shape)}, so it holds several; an ensemble's states are made by "
+            "torch.vmap(learn.init)(params, keys)"
+        )
     made = [as_rule(given) for given in rules]
     _check_names(made)
     flat, _ = trees.flatten(params)
     trees.check_params(flat)
-    synapses = [p for p, leaf in flat.items() if is_synapse(p, leaf)] if where is None else select_paths(where, flat)
-    key = key.to(next(iter(flat.values())).device) if flat else key
-    # Constants come from the inputs: inside vmap they are then batched and contiguous like all that follows them.
-    zero = key[0] * 0
     if flat:
-        zero = zero + next(iter(flat.values())).detach().reshape(-1)[:0].sum().to(zero)
-    one = (zero + 1).to(torch.float32)
+        key = key.to(next(iter(flat.values())).device)
+        philox.prepare(key.device)
+    synapses = [p for p, leaf in flat.items() if is_synapse(p, leaf)] if where is None else select_paths(where, flat)
+    _check_coverage(made, flat, synapses)
+    zero = _zero(key, flat, made)
     state = BioState(
-        key=key + zero.unsqueeze(-1),
+        key=key + zero,
         step=zero,
-        plasticity={path: one.to(flat[path].device, compute_dtype(flat[path])) for path in synapses},
+        plasticity={path: (zero + 1).to(flat[path].device, compute_dtype(flat[path])) for path in synapses},
+        layout=tuple([(path, tuple(leaf.shape)) for path, leaf in flat.items()]),
     )
     redraws = any(rule.redraws for rule in made)
     for rule in made:
         if rule.initialise is not None:
             state = rule.initialise(rule, flat, state, redraws)
     return state
+
+
+def _zero(key: Tensor, params: Leaves, rules: list[Rule]) -> Tensor:
+    """An int64 0 made of all that init is given: inside vmap it is batched and contiguous if anything is.
+
+    State that was not batched from init on would become so in the first step, and a compiled step compiled twice.
+    """
+    zero = key[0] * 0
+    bound = [value for rule in rules for value in rule.bound.values() if isinstance(value, Tensor)]
+    for given in [*params.values(), *bound]:
+        if given.device == key.device:
+            zero = zero + given.detach().reshape(-1)[:0].sum().to(zero)
+    return zero
 
 
 def _check_names(rules: list[Rule]) -> None:
@@ -155,25 +158,50 @@ def _check_names(rules: list[Rule]) -> None:
             raise ValueError(f"two rules are named '{name}'; name one of them with bf.named('another name', rule)")
 
 
+_STAGES = {"gradient": 0, "direction": 0, "optimizer": 0, "descend": 1, "weights": 2}
+_ONCE: dict[str, Callable[[Rule], bool]] = {
+    "optimizer": lambda rule: rule.phase == "optimizer",
+    "rule that moves parameters": lambda rule: rule.phase == "descend",
+    "rule that applies learning-rate factors": lambda rule: rule.applies_rates,
+}
+"""What may happen to a leaf once; several such rules must be restricted to different leaves."""
+
+
 def _check_order(rules: list[Rule]) -> None:
-    stage = {"gradient": 0, "direction": 0, "optimizer": 0, "descend": 1, "weights": 2}
-    latest: Rule | None = None
-    optimizer: Rule | None = None
+    for index, rule in enumerate(rules):
+        for earlier in rules[:index]:
+            if _STAGES[rule.phase] < _STAGES[earlier.phase]:
+                move = f"{earlier.name} behind descend" if earlier.phase == "weights" else f"{rule.name} before descend"
+                what = "parameters" if rule.phase == "descend" else "gradient"
+                raise ValueError(f"{rule.name} acts on the {what} and stands after {earlier.name}; move {move}")
+            if rule.phase == "gradient" and earlier.phase == "optimizer":
+                raise ValueError(
+                    f"{rule.name} reads the raw gradient and stands after {earlier.name}; move it before {earlier.name}"
+                )
+            for what, does in _ONCE.items():
+                if does(rule) and does(earlier) and not (rule.within and earlier.within):
+                    raise ValueError(
+                        f"more than one {what}: {earlier.name} and {rule.name}; keep one, or restrict them to "
+                        "different leaves with bf.where"
+                    )
+
+
+def _check_coverage(rules: list[Rule], params: Leaves, synapses: Collection[str]) -> None:
+    """Each rule has something to act on, no leaf is treated twice, and rates that are written are applied."""
+    acted_on = {rule.name: rule.acts_on(params, dict.fromkeys(synapses)) for rule in rules}
     for rule in rules:
-        if latest and stage[rule.phase] < stage[latest.phase]:
-            raise ValueError(
-                f"{rule.name} acts on the {'gradient' if rule.phase != 'descend' else 'parameters'} and stands after "
-                f"{latest.name}; move {_remedy(rule, latest)}"
-            )
-        if rule.phase == "descend" and latest and latest.phase == "descend":
-            raise ValueError(f"two rules move the parameters, {latest.name} and {rule.name}; keep one")
-        if rule.phase == "optimizer" and optimizer:
-            raise ValueError(f"two optimizers, {optimizer.name} and {rule.name}; keep one")
-        if rule.phase == "gradient" and optimizer:
-            raise ValueError(f"{rule.name} reads the raw gradient and stands after {optimizer.name}; move it before")
-        optimizer = rule if rule.phase == "optimizer" else optimizer
-        latest = rule
-
-
-def _remedy(rule: Rule, latest: Rule) -> str:
-    return f"{latest.name} behind descend" if latest.phase == "weights" else f"{rule.name} before {latest.name}"
+        if rule.within and not acted_on[rule.name]:
+            chosen = ", ".join(select_paths(rule.within[-1], params))
+            raise ValueError(f"{rule.name}: where selects no synapse, only {chosen}")
+    for what, does in _ONCE.items():
+        seen: dict[str, str] = {}
+        for rule in [rule for rule in rules if does(rule)]:
+            for path in acted_on[rule.name]:
+                if path in seen:
+                    raise ValueError(f"more than one {what} on '{path}': {seen[path]} and {rule.name}")
+                seen[path] = rule.name
+        if seen and what == "rule that applies learning-rate factors":
+            for rule in [rule for rule in rules if rule.writes_rates]:
+                for path in acted_on[rule.name]:
+                    if path not in seen:
+                        raise ValueError(f"{rule.name} writes rates of '{path}' that no rule applies there")

@@ -30,6 +30,7 @@ def _one_rate_per_synapse(params: Leaves, state: BioState) -> BioState:
 @rule(
     phase="gradient",
     ranges={"crystal_thresh": "[0, inf)", "dampening_factor": "(0, 1]", "floor": "[0, 1]", "recovery": "[0, 1]"},
+    choices={"freeze_silent": (True, False)},
     init=_one_rate_per_synapse,
     writes_rates=True,
 )
@@ -47,7 +48,7 @@ def crystallize(
     """Lowers the learning rate of synapses that have settled.
 
         settled = |g| < crystal_thresh |w|  or  |g| > mean |w|
-        rho <- max(rho dampening_factor, floor) where settled, rho + recovery (innate - rho) elsewhere
+        rho <- rho dampening_factor, but no lower than floor, where settled; rho + recovery (innate - rho) elsewhere
 
     Args:
         params: tree of parameters.
@@ -68,7 +69,7 @@ def crystallize(
 
     Phase: gradient.
 
-    Source: pytorch_bio_transformations 0.0.5 (Hofmann, Becker, Tetzlaff, Mäder 2025, doi 10.1038/s41467-025-60078-9).
+    Source: pytorch_bio_transformations 0.0.5, `crystallize`; it is no part of the paper of 2025.
 
     Differs: g = 0 does not freeze unless asked, so that dead units can come back; floor and recovery are new; the mean
     leaves out weights that are not finite, so that one NaN does not switch the rule off for its layer; |g| is compared

@@ -8,13 +8,13 @@ schedules, checks, half precision, noise and memory.
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, Concatenate, ParamSpec
+from typing import Any, Concatenate, ParamSpec, get_args
 
 import torch
 from torch import Tensor, nn
 
-from biofunc.noise import Noise, init_noise
-from biofunc.rule import Flat, Interval, Phase, Rule, compute_dtype
+from biofunc.noise import Noise, init_keys
+from biofunc.rule import INJECTED, Flat, Interval, Phase, Rule, compute_dtype
 from biofunc.state import BioState
 from biofunc.trees import Leaves, Tree
 
@@ -27,13 +27,12 @@ OnTrees = Callable[Concatenate[Tree, Tree, BioState, P], tuple[Tree, Tree, BioSt
 GIVEN: Any = None
 """Default of a keyword that the decorator fills in, `noise: Noise = GIVEN`; callers never give it."""
 
-_INJECTED = ("noise", "name", "redraws")
-
 
 def rule(
     *,
     phase: Phase,
     ranges: Mapping[str, str] | None = None,
+    choices: Mapping[str, tuple[Any, ...]] | None = None,
     init: Callable[..., BioState] | None = None,
     memory: Mapping[str, float] | None = None,
     redraws: bool = False,
@@ -44,50 +43,58 @@ def rule(
     """Makes a rule of a function `f(params, grads, state, *, keywords) -> (params, grads, state)`.
 
     The function gets `params` and `grads` as dicts `{path: tensor}` of the synapses alone, in float32 where the
-    leaves are bfloat16 or float16, and returns dicts of the same paths. It may declare the keywords `noise` (draws,
-    see `Noise.draw`) and `name` (the name of its slot in `state.slots`).
+    leaves are bfloat16 or float16, and returns dicts of the same paths and shapes. It may declare the keywords `noise`
+    (draws, see `Noise.draw`) and `name` (the name of its slot in `state.slots`). It treats leaf by leaf: in a tree of
+    several dtypes or devices it is called once for each, with the leaves of that kind.
 
     Args:
-        phase: "gradient" (before the optimizer), "direction" (before `descend`) or "weights" (after it).
+        phase: "gradient" (reads the raw gradient, before the optimizer), "direction" (shapes the gradient or the
+            update, before `descend`), "optimizer" (turns gradients into an update), "descend" (moves parameters) or
+            "weights" (acts on them afterwards).
         ranges: the range of each numeric keyword in interval notation, `{"rate": "[0, 1)"}`. These keywords may
             be floats, 0-d tensors or schedules; floats are checked.
-        init: `f(params, state, *, keywords) -> state` on the same dicts; may declare hyperparameters, `noise`,
-            `name`, and `redraws` (whether any rule re-draws synapses). Default: what `memory` says.
+        choices: the values that other keywords may have, `{"selection": ("small", "random")}`.
+        init: `f(params, state, *, keywords) -> state` on the same dicts; may declare hyperparameters (they then
+            cannot be given at a step), `noise`, `name`, and `redraws` (whether any rule re-draws synapses). Default:
+            what `memory` says.
         memory: entries of the rule's slot, shaped like the weights, with the value they start at and return to
-            where a synapse is re-drawn.
+            where a synapse is re-drawn. An entry "innate" that init puts into the slot is left out of this: it holds
+            the rates with which synapses are born.
         redraws: the rule puts new synapses in the place of old ones and calls `state.restart`.
         writes_rates: the rule changes `state.plasticity`.
         applies_rates: the rule multiplies the descent direction by `state.plasticity`.
         every_leaf: hand over every leaf, not synapses alone.
 
     Returns:
-        A decorator; what it returns is called `(params, grads, state, **keywords)` on whole trees.
+        A decorator; what it returns is called `(params, grads, state, **keywords)` on whole trees, the three trees by
+        position.
 
     Raises:
-        TypeError: a range is given for a keyword that the function does not declare.
+        ValueError: the phase is unknown.
+        TypeError: a range or a choice is given for a keyword that the function does not declare.
     """
+    if phase not in get_args(Phase):
+        raise ValueError(f"phase is {phase!r}; it must be one of {', '.join(get_args(Phase))}")
 
     def decorate(function: Body[P]) -> OnTrees[P]:
-        keywords = _keyword_names(function)
-        at_init = tuple([name for name in _keyword_names(init) if name not in _INJECTED])
-        for name in [*(ranges or {}), *at_init]:
+        signature = inspect.signature(function)
+        keywords, init_keywords = _keyword_names(function), _keyword_names(init)
+        at_init = tuple([name for name in init_keywords if name not in INJECTED])
+        for name in [*(ranges or {}), *(choices or {}), *at_init]:
             if name not in keywords:
                 raise TypeError(f"{function.__name__} declares no keyword '{name}'")
-        remembers = init is not None or bool(memory)
-        signature = inspect.signature(function)
-        parameters = signature.parameters
         made = Rule(
             name=function.__name__.lstrip("_"),
             phase=phase,
-            transform=functools.partial(_transform, function, keywords),
-            initialise=functools.partial(_initialise, init, _keyword_names(init)) if remembers else None,
-            accepts=tuple([name for name in keywords if name not in _INJECTED]),
+            transform=functools.partial(_transform, function),
+            initialise=functools.partial(_initialise, init, init_keywords) if init or memory else None,
+            keywords=keywords,
             at_init=at_init,
             ranges={
-                name: Interval(text, optional=parameters[name].default is None) for name, text in (ranges or {}).items()
+                name: Interval.parse(text, optional=signature.parameters[name].default is None)
+                for name, text in (ranges or {}).items()
             },
-            bound={},
-            draws="noise" in keywords,
+            choices=dict(choices or {}),
             redraws=redraws,
             writes_rates=writes_rates,
             applies_rates=applies_rates,
@@ -101,8 +108,9 @@ def rule(
         ) -> tuple[Tree, Tree, BioState]:
             return made(params, grads, state, *args, **keywords)
 
-        shown = [p for name, p in parameters.items() if name not in _INJECTED]
-        call.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+        trees = [p.replace(kind=p.POSITIONAL_ONLY) for p in list(signature.parameters.values())[:3]]
+        given = [p for p in list(signature.parameters.values())[3:] if p.name not in INJECTED]
+        call.__signature__ = signature.replace(parameters=[*trees, *given])  # type: ignore[attr-defined]
         call.rule = made  # type: ignore[attr-defined]
         return call
 
@@ -111,7 +119,6 @@ def rule(
 
 def _transform(
     function: Callable[..., Flat],
-    names: tuple[str, ...],
     rule: Rule,
     params: Leaves,
     grads: Leaves,
@@ -123,21 +130,19 @@ def _transform(
             f"state was made without {rule.name}; hand the rule to bf.init(params, key, …), or call chain.init"
         )
     values = rule.resolve(keywords, state)
-    values = {name: value for name, value in values.items() if name not in rule.at_init}
-    acted_on = [path for path in params if rule.every_leaf or path in state.plasticity]
     params, grads = dict(params), dict(grads)
-    for dtype, paths in _groups(params, acted_on):
-        weights = {path: _detached(params[path]).to(dtype) for path in paths}
-        directions = {path: grads[path].to(dtype) for path in paths}
+    for dtype, paths in _groups(params, rule.acts_on(params, state.plasticity)):
+        weights = {path: _detached(params[path], params[path]).to(dtype) for path in paths}
+        directions = {path: _detached(params[path], grads[path]).to(dtype) for path in paths}
         given = _cast(values, rule, dtype)
-        if "noise" in names:
-            given["noise"] = Noise(keywords["noise"])
-        if "name" in names:
+        if "noise" in rule.keywords:
+            given["noise"] = Noise(keywords["noise"][rule.name])
+        if "name" in rule.keywords:
             given["name"] = rule.name
         new_weights, new_directions, state = function(dict(weights), dict(directions), state, **given)
         for path in paths:
-            params[path] = _back(new_weights[path], weights[path], params[path])
-            grads[path] = _back(new_directions[path], directions[path], grads[path])
+            params[path] = _back(rule, "params", path, new_weights, weights, params)
+            grads[path] = _back(rule, "grads", path, new_directions, directions, grads)
     return params, grads, state
 
 
@@ -153,9 +158,8 @@ def _initialise(
         slots={**state.slots, rule.name: {}},
         fresh=(*state.fresh, *[(rule.name, entry, value) for entry, value in rule.fresh.items()]),
     )
-    acted_on = [path for path in params if rule.every_leaf or path in state.plasticity]
-    for dtype, paths in _groups(params, acted_on):
-        weights = {path: _detached(params[path]).to(dtype) for path in paths}
+    for dtype, paths in _groups(params, rule.acts_on(params, state.plasticity)):
+        weights = {path: _detached(params[path], params[path]).to(dtype) for path in paths}
         if init is None:
             entries = {
                 entry: {path: torch.full_like(w, value) for path, w in weights.items()}
@@ -165,7 +169,7 @@ def _initialise(
             continue
         given = _cast({name: value for name, value in rule.bound.items() if name in names}, rule, dtype)
         if "noise" in names:
-            given["noise"] = Noise(init_noise(state, rule.name, paths))
+            given["noise"] = Noise(init_keys(state, rule.name, paths))
         if "name" in names:
             given["name"] = rule.name
         if "redraws" in names:
@@ -197,11 +201,18 @@ def _cast(values: Mapping[str, Any], rule: Rule, dtype: torch.dtype) -> dict[str
     }
 
 
-def _detached(leaf: Tensor) -> Tensor:
-    """A module's own Parameter enters by value: else each step would hang on the autograd graph of the last."""
-    return leaf.detach() if isinstance(leaf, nn.Parameter) else leaf
+def _detached(param: Tensor, leaf: Tensor) -> Tensor:
+    """A module's own Parameter and its gradient enter by value: else each step would hang on the graph of the last."""
+    return leaf.detach() if isinstance(param, nn.Parameter) else leaf
 
 
-def _back(new: Tensor, given: Tensor, original: Tensor) -> Tensor:
+def _back(rule: Rule, tree: str, path: str, new: Leaves, given: Leaves, original: Leaves) -> Tensor:
     """The original object where the rule left the leaf alone, else the new value in the original's dtype."""
-    return original if new is given else new.to(original.dtype)
+    if path not in new:
+        raise ValueError(f"{rule.name} returned {tree} without '{path}'; it must return every path it was given")
+    if new[path] is given[path]:
+        return original[path]
+    if new[path].shape != given[path].shape:
+        shapes = f"{tuple(new[path].shape)} instead of {tuple(given[path].shape)}"
+        raise ValueError(f"{rule.name} returned {tree} leaf '{path}' of shape {shapes}")
+    return new[path].to(original[path].dtype)

@@ -16,8 +16,9 @@ __all__ = ["every"]
 def every(n: int, rule: Any) -> Rule:
     """Lets a rule act at every n-th step: when (step + 1) % n == 0.
 
-    Called eagerly on the CPU outside `vmap`, a skipped step costs nothing. When compiling, under `vmap` and on other
-    devices the rule is computed at each step and selected with `torch.where`: skipped steps then cost as much.
+    Called eagerly on the CPU with a step that is not batched, a skipped step costs nothing. When compiling, in an
+    ensemble under `vmap` and on other devices the rule is computed at each step and selected with `torch.where`:
+    skipped steps then cost as much. The step is that of a chain; a rule called alone does not advance it.
 
     Args:
         n: period in steps, at least 1; 1 acts at every step.
@@ -45,7 +46,7 @@ def every(n: int, rule: Any) -> Rule:
             return _select_leaves(fires, new[0], params), _select_leaves(fires, new[1], grads), state.replace(**fields)
         return inner.transform(self, params, grads, state, keywords) if known else (params, grads, state)
 
-    return dataclasses.replace(inner, transform=transform, frame=f"every({n}, {inner.frame})")
+    return dataclasses.replace(inner, transform=transform, wrappers=(f"every({n}, ", *inner.wrappers))
 
 
 def _select_leaves(fires: Tensor, new: Any, old: Any) -> Any:

@@ -59,6 +59,11 @@ def _draw_rates(
     rates = {
         path: distribution(keys[path], w, nu).clamp(min=rate_min).clamp(max=rate_max) for path, w in params.items()
     }
+    for path, rate in rates.items():
+        if rate.shape != params[path].shape:
+            raise ValueError(
+                f"{name}: distribution gave rates of shape {tuple(rate.shape)} for '{path}'; one per synapse"
+            )
     plasticity = {path: state.plasticity[path] * rate for path, rate in rates.items()}
     return state.replace(plasticity={**state.plasticity, **plasticity}).with_slot(name, innate=rates)
 

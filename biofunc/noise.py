@@ -76,18 +76,24 @@ class Noise:
         return draws
 
 
-def step_noise(state: BioState, names: Sequence[str], paths: Sequence[str]) -> dict[str, dict[str, Tensor]]:
-    """Keys of this step for several rules and all leaves, `{name: {path: key}}`, in three Philox calls."""
-    if not names or not paths:
-        return {name: {} for name in names}
-    keys = random.fold_in(random.fold_in_names(state.key, names), state.step)
-    keys = random.fold_in_names(keys, paths)
-    return {name: {path: keys[i, j] for j, path in enumerate(paths)} for i, name in enumerate(names)}
+class StepKeys:
+    """Keys of this step by rule and path; derived for all rules at once, when the first of them draws."""
+
+    def __init__(self, state: BioState, names: Sequence[str], paths: Sequence[str]) -> None:
+        self._state = state
+        self._names = names
+        self._paths = paths
+        self._keys: Tensor | None = None
+
+    def __getitem__(self, name: str) -> dict[str, Tensor]:
+        if self._keys is None:
+            keys = random.fold_in(random.fold_in_names(self._state.key, self._names), self._state.step)
+            self._keys = random.fold_in_names(keys, self._paths)
+        rule = self._names.index(name)
+        return {path: self._keys[rule, leaf] for leaf, path in enumerate(self._paths)}
 
 
-def init_noise(state: BioState, name: str, paths: Sequence[str]) -> dict[str, Tensor]:
+def init_keys(state: BioState, name: str, paths: Sequence[str]) -> dict[str, Tensor]:
     """Keys of a rule's init, by path."""
-    if not paths:
-        return {}
     keys = random.fold_in_names(random.fold_in(random.fold_in(state.key, name), "init"), paths)
-    return {path: keys[i] for i, path in enumerate(paths)}
+    return {path: keys[leaf] for leaf, path in enumerate(paths)}

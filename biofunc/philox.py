@@ -126,7 +126,11 @@ def _make_normal_table() -> Tensor:
 _NORMAL_TABLES: dict[torch.device, Tensor] = {torch.device("cpu"): _make_normal_table()}
 
 
-def _normal_table(device: torch.device) -> Tensor:
+def prepare(device: torch.device) -> None:
+    """Puts the table of normals on a device, so that no step has to."""
     if device not in _NORMAL_TABLES:
         _NORMAL_TABLES[device] = _NORMAL_TABLES[torch.device("cpu")].to(device)
-    return _NORMAL_TABLES[device]
+
+
+def _normal_table(device: torch.device) -> Tensor:
+    return _NORMAL_TABLES[device] if device in _NORMAL_TABLES else _NORMAL_TABLES[torch.device("cpu")].to(device)

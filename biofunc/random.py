@@ -12,6 +12,7 @@ The same key gives the same numbers alone, in a loop, under `vmap` whatever the 
 `torch.compile`, and on every device. A key is used once: to draw, or to derive other keys.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -212,9 +213,15 @@ def hash_name(name: str) -> int:
     return digest
 
 
+@functools.lru_cache(maxsize=1024)
+def _hash_names(names: tuple[str, ...]) -> tuple[int, ...]:
+    return tuple([hash_name(name) for name in names])
+
+
 def fold_in_names(key: Tensor, names: Sequence[str]) -> Tensor:
     """Keys of many names at once: `stack([fold_in(key, name) for name in names])`, in one Philox call."""
-    words = torch.tensor([philox.words_of(hash_name(name)) for name in names], dtype=torch.int64, device=key.device)
+    hashed = tuple([hash_name(name) for name in names]) if torch.compiler.is_compiling() else _hash_names(tuple(names))
+    words = torch.tensor([philox.words_of(value) for value in hashed], dtype=torch.int64, device=key.device)
     low, high = words.reshape(-1, 2).unbind(-1)
     return philox.derive(key.unsqueeze(-2), low, high, domain=_NAMES)
 

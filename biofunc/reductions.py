@@ -15,3 +15,10 @@ def finite_max(values: Tensor) -> Tensor:
     if values.numel() == 0:
         return values.sum()
     return torch.where(torch.isfinite(values), values, 0.0).amax()
+
+
+def finite_min(values: Tensor) -> Tensor:
+    """Smallest of the finite values, 0-d; infinity when there is none."""
+    if values.numel() == 0:
+        return values.sum()
+    return torch.where(torch.isfinite(values), values, torch.inf).amin()

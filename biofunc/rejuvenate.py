@@ -24,7 +24,12 @@ from biofunc.trees import Leaves
 __all__ = ["rejuvenate_weights"]
 
 
-@rule(phase="weights", ranges={"dre": "(0, inf]", "rate": "[0, 1)"}, redraws=True)
+@rule(
+    phase="weights",
+    ranges={"dre": "(0, inf]", "rate": "[0, 1)"},
+    choices={"selection": ("small", "random")},
+    redraws=True,
+)
 def rejuvenate_weights(
     params: Leaves,
     grads: Leaves,
@@ -40,8 +45,8 @@ def rejuvenate_weights(
     Args:
         params: tree of parameters.
         grads: tree like params.
-        state: any state; re-drawn synapses start anew in it.
-        dre: how weak a synapse must be to die, > 0, in units of 1 / M; larger: fewer die; inf turns the rule off.
+        state: made with this rule if other rules of it keep counts; re-drawn synapses start anew in it.
+        dre: M over the standard deviation of the threshold, > 0; larger: fewer die; inf turns the rule off.
         rate: expected share of a leaf's synapses that die per call, in [0, 1); replaces dre. The share n rate is
             rounded up or down at random, and the synapses with the smallest |w| / |z|, z ~ N(0, 1), die: the same
             preference as with dre, whatever the distribution of weights. 0 turns the rule off. Sorts the leaf.
@@ -64,8 +69,6 @@ def rejuvenate_weights(
     Differs: rate and "random" are new; the state of a re-drawn synapse restarts; M leaves out weights that are not
     finite, which never die.
     """
-    if selection not in ("small", "random"):
-        raise ValueError(f"rejuvenate_weights: selection is {selection!r}; it must be 'small' or 'random'")
     small = selection == "small"
     first, new, coin = noise.draw(params, "normal" if small else "uniform", "uniform", "coin")
     weights: Leaves = {}

@@ -19,8 +19,8 @@ COLOURS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D
 THRESHOLD = 0.9
 RESAMPLES = 9999
 SPLITTING_NOTE = (
-    "Weight splitting with the identity activation is a network half as wide at 2 to 4 times the learning rate; "
-    "no arm here controls for that."
+    "With the identity activation, this network with its hidden layer split is exactly one with half as many hidden "
+    "neurons\nand twice the learning rate; no arm controls for that."
 )
 
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from biofunc import random, trees
-from biofunc.noise import step_noise
+from biofunc.noise import StepKeys
+from biofunc.selection import Selection, select_paths
 from biofunc.state import BioState
 from biofunc.trees import Leaves, Tree
 
@@ -29,18 +30,28 @@ a rule's body sees: the number or the tensor."""
 Phase = Literal["gradient", "direction", "optimizer", "descend", "weights"]
 Flat = tuple[Leaves, Leaves, BioState]
 
+INJECTED = ("noise", "name", "redraws")
+"""Keywords that biofunc fills in; callers never give them."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """A range in interval notation, "[0, 1)"; optional: None stands for "not used"."""
+    """A range of numbers; optional: None is allowed too and stands for "not used"."""
 
     text: str
+    low: float
+    high: float
     optional: bool = False
 
+    @classmethod
+    def parse(cls, text: str, *, optional: bool = False) -> "Interval":
+        """From interval notation, "[0, 1)"."""
+        low, high = text[1:-1].split(",")
+        return cls(text, float(low), float(high), optional)
+
     def __contains__(self, value: float) -> bool:
-        low, high = [float(bound) for bound in self.text[1:-1].split(",")]
-        above = value >= low if self.text[0] == "[" else value > low
-        return above and (value <= high if self.text[-1] == "]" else value < high)
+        above = value >= self.low if self.text[0] == "[" else value > self.low
+        return above and (value <= self.high if self.text[-1] == "]" else value < self.high)
 
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
@@ -53,34 +64,46 @@ class Rule:
             "descend", or "weights" after it.
         transform: `(rule, params, grads, state, keywords) -> (params, grads, state)` on flat dicts.
         initialise: `(rule, params, state, redraws) -> state` on flat dicts, or None when it keeps nothing.
-        accepts: names of its keywords.
-        at_init: those of them that act at init alone.
+        keywords: names of its keywords, injected ones included.
+        at_init: those of them that its init declares; they cannot be given at a step.
         ranges: the range of each numeric keyword.
+        choices: the values that a keyword may have.
         bound: values bound to keywords.
-        draws: it uses noise.
         redraws: it puts new synapses in the place of old ones.
         writes_rates: it changes `state.plasticity`.
         applies_rates: it multiplies the descent direction by `state.plasticity`.
         every_leaf: it acts on every leaf, not on synapses alone.
         fresh: fresh value of each entry of its slot, for re-drawn synapses.
-        frame: how it is shown inside what wraps it, "every(100, {})".
+        within: selections to which it is restricted.
+        wrappers: what wraps it, for its repr.
     """
 
     name: str
     phase: Phase
     transform: Callable[["Rule", Leaves, Leaves, BioState, dict[str, Any]], Flat]
     initialise: Callable[["Rule", Leaves, BioState, bool], BioState] | None
-    accepts: tuple[str, ...]
+    keywords: tuple[str, ...]
     at_init: tuple[str, ...]
     ranges: Mapping[str, Interval]
-    bound: Mapping[str, Any]
-    draws: bool
+    choices: Mapping[str, tuple[Any, ...]]
     redraws: bool
     writes_rates: bool
     applies_rates: bool
     every_leaf: bool
     fresh: Mapping[str, float]
-    frame: str = "{}"
+    bound: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    within: tuple[Selection, ...] = ()
+    wrappers: tuple[str, ...] = ()
+
+    @property
+    def accepts(self) -> tuple[str, ...]:
+        """Names of the keywords that a caller may give or bind."""
+        return tuple([name for name in self.keywords if name not in INJECTED])
+
+    @property
+    def draws(self) -> bool:
+        """Whether it uses noise at a step."""
+        return "noise" in self.keywords
 
     def __call__(self, params: Tree, grads: Tree, state: BioState, **keywords: Any) -> tuple[Tree, Tree, BioState]:
         """Applies the rule once, by itself.
@@ -92,20 +115,22 @@ class Rule:
             keywords: hyperparameters and signals.
 
         Returns:
-            New params, grads and state. The state's step stays; its key moves on if the rule draws.
+            New params, grads and state. The state's step stays, so that schedules and periods stand still; its key
+            moves on if the rule draws.
 
         Raises:
             TypeError, ValueError, KeyError: as the message says; nothing is changed then.
         """
-        for name in keywords:
-            self.check_keyword(name, at_step=True)
-        flat_params, flat_grads, structures = flatten_inputs(params, grads, state)
-        if self.draws:
-            keywords = {**keywords, "noise": step_noise(state, [self.name], list(flat_params))[self.name]}
-        new_params, new_grads, new_state = self.transform(self, flat_params, flat_grads, state, keywords)
-        if self.draws:  # two calls are two draws
-            new_state = new_state.replace(key=random.fold_in(new_state.key, 0))
-        return trees.unflatten(structures[0], new_params), trees.unflatten(structures[1], new_grads), new_state
+        params, grads, state = on_trees([self], params, grads, state, keywords)
+        return params, grads, state.replace(key=random.fold_in(state.key, 0)) if self.draws else state
+
+    def acts_on(self, params: Leaves, synapses: Mapping[str, Any]) -> list[str]:
+        """Paths of the leaves that the rule sees, in the order of the tree."""
+        paths = [path for path in params if self.every_leaf or path in synapses]
+        for selection in self.within:
+            chosen = set(select_paths(selection, params))
+            paths = [path for path in paths if path in chosen]
+        return paths
 
     def bind(self, **keywords: Any) -> "Rule":
         """A copy with values bound to keywords; they reach the rule's init too."""
@@ -114,7 +139,18 @@ class Rule:
             self._check_value(name, value)
         return dataclasses.replace(self, bound={**self.bound, **keywords})
 
+    def resolve(self, keywords: Mapping[str, Any], state: BioState) -> dict[str, Any]:
+        """Bound and given keywords as values of this step: schedules called, numbers checked."""
+        values = {**self.bound, **keywords}
+        for name, value in values.items():
+            self._check_value(name, value)
+            if name in self.ranges and callable(value) and not isinstance(value, Tensor):
+                values[name] = value(state.step)
+                self._check_value(name, values[name])
+        return values
+
     def check_keyword(self, name: str, *, at_step: bool) -> None:
+        """Raises a TypeError unless the rule takes this keyword, here and now."""
         if name not in self.accepts:
             close = difflib.get_close_matches(name, self.accepts, 1)
             hint = f"did you mean '{close[0]}'?" if close else f"it takes: {', '.join(self.accepts) or 'none'}"
@@ -122,10 +158,13 @@ class Rule:
         if at_step and name in self.at_init:
             raise TypeError(
                 f"{self.name}: {name} acts at init and cannot be given at a step; "
-                f"make the state with bf.init(params, key, functools.partial(bf.{self.name}, {name}=…))"
+                f"bind it before: bf.init(params, key, functools.partial(rule, {name}=…))"
             )
 
     def _check_value(self, name: str, value: Any) -> None:
+        if name in self.choices and not any(value is choice or value == choice for choice in self.choices[name]):
+            shown = " or ".join(map(repr, self.choices[name]))
+            raise ValueError(f"{self.name}: {name} is {value!r}; it must be {shown}")
         if name not in self.ranges or (value is None and self.ranges[name].optional):
             return
         if isinstance(value, Tensor):
@@ -134,33 +173,18 @@ class Rule:
                     f"{self.name}: {name} has shape {tuple(value.shape)}; it must be a number or a 0-d tensor: "
                     "torch.vmap tries several values"
                 )
-            return
-        if callable(value):
+        elif callable(value):
             if name in self.at_init:
                 raise TypeError(f"{self.name}: {name} acts at init and takes no schedule; give a number or a tensor")
-            return
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise TypeError(
-                f"{self.name}: {name} is {value!r}; it must be a number, a 0-d tensor"
-                + ("" if name in self.at_init else " or a schedule")
-            )
-        if float(value) not in self.ranges[name]:
+        elif isinstance(value, bool) or not isinstance(value, numbers.Real):
+            expected = "a number or a 0-d tensor" if name in self.at_init else "a number, a 0-d tensor or a schedule"
+            raise TypeError(f"{self.name}: {name} is {value!r}; it must be {expected}")
+        elif float(value) not in self.ranges[name]:
             raise ValueError(f"{self.name}: {name} is {value}; it must lie in {self.ranges[name].text}")
-
-    def resolve(self, keywords: Mapping[str, Any], state: BioState) -> dict[str, Any]:
-        """Bound and given keywords as values of this step: schedules called, numbers checked."""
-        values = {**self.bound, **keywords}
-        for name, value in values.items():
-            if name in self.ranges:
-                self._check_value(name, value)
-                if callable(value) and not isinstance(value, Tensor):
-                    values[name] = value(state.step)
-                    self._check_value(name, values[name])
-        return values
 
     def __repr__(self) -> str:
         bound = ", ".join([f"{name}={value!r}" for name, value in self.bound.items()])
-        return self.frame.format(f"{self.name}({bound})")
+        return "".join(self.wrappers) + f"{self.name}({bound})" + ")" * len(self.wrappers)
 
 
 def as_rule(given: Any) -> Rule:
@@ -194,23 +218,53 @@ def named(name: str, rule: Any) -> Rule:
     return dataclasses.replace(as_rule(rule), name=name)
 
 
-def flatten_inputs(params: Tree, grads: Tree, state: BioState) -> tuple[Leaves, Leaves, tuple[Any, Any]]:
-    """Checked flat dicts of params and grads, and the structures that bring the trees back."""
-    if not isinstance(state, BioState):
-        raise TypeError(f"state is {type(state).__name__}; make a BioState with bf.init or chain.init")
+def on_trees(
+    rules: list[Rule], params: Tree, grads: Tree, state: BioState, signals: Mapping[str, Any]
+) -> tuple[Tree, Tree, BioState]:
+    """Runs rules on whole trees: checks all of the input, then each rule on flat dicts, then back to trees."""
+    for name in signals:
+        takers = [rule for rule in rules if name in rule.accepts]
+        if len(rules) > 1 and not takers:
+            accepted = sorted({keyword for rule in rules for keyword in rule.accepts})
+            raise TypeError(f"no rule of the chain takes '{name}'; they take: {', '.join(accepted) or 'nothing'}")
+        for rule in takers or rules:
+            rule.check_keyword(name, at_step=True)
     flat_params, params_structure = trees.flatten(params)
     flat_grads, grads_structure = trees.flatten(grads)
-    trees.check_params(flat_params)
-    trees.check_like("grads", flat_grads, flat_params)
-    for path, rate in state.plasticity.items():
-        if path not in flat_params:
-            raise KeyError(f"state holds a synapse '{path}' that params lacks; was it made for another model?")
-        if rate.dim() and rate.shape != flat_params[path].shape:
+    _check_inputs(flat_params, flat_grads, state)
+    directions = {path: flat_grads[path] for path in flat_params}
+    drawing = [rule for rule in rules if rule.draws]
+    keyed = flat_params if any(rule.every_leaf for rule in drawing) else state.plasticity
+    noise = StepKeys(state, [rule.name for rule in drawing], list(keyed))
+    for rule in rules:
+        keywords = {name: value for name, value in signals.items() if name in rule.accepts}
+        if rule.draws:
+            keywords["noise"] = noise
+        flat_params, directions, state = rule.transform(rule, flat_params, directions, state, keywords)
+    # Back in the order of their own tree: optree sorts the keys of a dict, not those of an OrderedDict
+    flat_grads = {path: directions[path] for path in flat_grads}
+    return trees.unflatten(params_structure, flat_params), trees.unflatten(grads_structure, flat_grads), state
+
+
+def _check_inputs(params: dict[str, Any], grads: dict[str, Any], state: BioState) -> None:
+    if not isinstance(state, BioState):
+        raise TypeError(f"state is {type(state).__name__}; make a BioState with bf.init or chain.init")
+    trees.check_params(params)
+    trees.check_like("grads", grads, params)
+    made_for = dict(state.layout)
+    for path in made_for:
+        if path not in params:
+            raise KeyError(f"state was made with a leaf '{path}' that params lacks; was it made for another model?")
+    for path, leaf in params.items():
+        if path not in made_for:
+            raise KeyError(f"state was made without the leaf '{path}' of params; was it made for another model?")
+        if tuple(leaf.shape) != made_for[path]:
             raise ValueError(
-                f"state.plasticity leaf '{path}' has shape {tuple(rate.shape)}, the parameter "
-                f"{tuple(flat_params[path].shape)}; was the state made for another model?"
+                f"params leaf '{path}' has shape {tuple(leaf.shape)}, the state was made for {made_for[path]}; "
+                "was it made for another model? An ensemble runs in torch.vmap"
             )
-    return flat_params, {path: flat_grads[path] for path in flat_params}, (params_structure, grads_structure)
+    if state.key.dim() != 1:
+        raise ValueError(f"state.key has shape {tuple(state.key.shape)}; the states of an ensemble run in torch.vmap")
 
 
 def compute_dtype(leaf: Tensor) -> torch.dtype:

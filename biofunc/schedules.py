@@ -1,7 +1,8 @@
 """Hyperparameters that change with the step.
 
 A schedule is any function of the 0-d step tensor; these are the common ones. They compute in float64 and the rule
-casts the value, so that a schedule costs no precision and no recompilation.
+casts the value, so that a schedule costs no precision and no recompilation. Their values may be 0-d tensors, to sweep
+over them with `vmap`. The step is that of a chain; a rule called alone does not advance it.
 """
 
 import math
@@ -15,7 +16,7 @@ __all__ = ["constant", "cosine", "exponential", "linear", "piecewise"]
 Schedule = Callable[[Tensor], Tensor]
 
 
-def constant(value: float) -> Schedule:
+def constant(value: float | Tensor) -> Schedule:
     """The same value at every step.
 
     Args:
@@ -23,11 +24,15 @@ def constant(value: float) -> Schedule:
 
     Returns:
         `step -> value`.
+
+    Raises:
+        ValueError: the value is not finite.
     """
-    return lambda step: torch.full_like(step, value, dtype=torch.float64)
+    _check_finite(value=value)
+    return lambda step: value + 0 * step.to(torch.float64)
 
 
-def linear(start: float, stop: float, steps: int) -> Schedule:
+def linear(start: float | Tensor, stop: float | Tensor, steps: int) -> Schedule:
     """A straight line from `start` at step 0 to `stop` at step `steps`, constant afterwards.
 
     Args:
@@ -39,13 +44,14 @@ def linear(start: float, stop: float, steps: int) -> Schedule:
         `step -> start + (stop - start) min(step / steps, 1)`.
 
     Raises:
-        ValueError: `steps` is below 1.
+        ValueError: `steps` is below 1, or a value is not finite.
     """
     _check_steps(steps)
+    _check_finite(start=start, stop=stop)
     return lambda step: start + (stop - start) * _progress(step, steps)
 
 
-def cosine(start: float, stop: float, steps: int) -> Schedule:
+def cosine(start: float | Tensor, stop: float | Tensor, steps: int) -> Schedule:
     """Half a cosine from `start` at step 0 to `stop` at step `steps`, constant afterwards.
 
     Args:
@@ -57,13 +63,14 @@ def cosine(start: float, stop: float, steps: int) -> Schedule:
         `step -> stop + (start - stop) (1 + cos(pi min(step / steps, 1))) / 2`.
 
     Raises:
-        ValueError: `steps` is below 1.
+        ValueError: `steps` is below 1, or a value is not finite.
     """
     _check_steps(steps)
+    _check_finite(start=start, stop=stop)
     return lambda step: stop + (start - stop) * (1 + torch.cos(math.pi * _progress(step, steps))) / 2
 
 
-def exponential(start: float, factor: float, steps: int) -> Schedule:
+def exponential(start: float | Tensor, factor: float | Tensor, steps: int) -> Schedule:
     """A geometric course that is multiplied by `factor` over every `steps` steps.
 
     Args:
@@ -75,15 +82,16 @@ def exponential(start: float, factor: float, steps: int) -> Schedule:
         `step -> start factor^(step / steps)`.
 
     Raises:
-        ValueError: `steps` is below 1, or `factor` is not positive.
+        ValueError: `steps` is below 1, or `factor` is not positive and finite.
     """
     _check_steps(steps)
-    if not factor > 0:
+    if not isinstance(factor, Tensor) and not factor > 0:
         raise ValueError(f"factor is {factor}; it must be positive")
-    return lambda step: start * torch.exp(math.log(factor) * step.to(torch.float64) / steps)
+    _check_finite(start=start, factor=factor)
+    return lambda step: start * factor ** (step.to(torch.float64) / steps)
 
 
-def piecewise(start: float, values: Mapping[int, float]) -> Schedule:
+def piecewise(start: float | Tensor, values: Mapping[int, float | Tensor]) -> Schedule:
     """Steps: `start`, then from each named step on the value given for it.
 
     Args:
@@ -94,14 +102,15 @@ def piecewise(start: float, values: Mapping[int, float]) -> Schedule:
         `step -> the value of the last step named that is not later, else start`.
 
     Raises:
-        ValueError: a step is below 1.
+        ValueError: a step is below 1, or a value is not finite.
     """
     for step in values:
         if step < 1:
             raise ValueError(f"values names step {step}; the value of step 0 is start, named steps begin at 1")
+    _check_finite(start=start, **{f"values[{step}]": value for step, value in values.items()})
 
     def schedule(step: Tensor) -> Tensor:
-        value = torch.full_like(step, start, dtype=torch.float64)
+        value = start + 0 * step.to(torch.float64)
         for begin, new in sorted(values.items()):
             value = torch.where(step >= begin, new, value)
         return value
@@ -111,6 +120,12 @@ def piecewise(start: float, values: Mapping[int, float]) -> Schedule:
 
 def _progress(step: Tensor, steps: int) -> Tensor:
     return (step.to(torch.float64) / steps).clamp(max=1.0)
+
+
+def _check_finite(**numbers: float | Tensor) -> None:
+    for name, number in numbers.items():
+        if not isinstance(number, Tensor) and not math.isfinite(number):
+            raise ValueError(f"{name} is {number}; it must be finite")
 
 
 def _check_steps(steps: int) -> None:

@@ -13,14 +13,15 @@ from biofunc.trees import Leaves
 
 Slots = dict[str, dict[str, Leaves]]
 Fresh = tuple[tuple[str, str, float], ...]
+Layout = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class BioState:
     """State of a chain, or of rules called one by one: tensors only, none of them ever changed in place.
 
-    All structure exists from `init` on, so that a compiled step is compiled once. The class is a pytree node for
-    `torch.func` and for optree: it passes through `vmap`, `grad` and `torch.compile`.
+    All structure exists from `init` on, so that a compiled step is compiled once. The class is a pytree node: it
+    passes through `vmap`, `grad` and `torch.compile`, and through optree with `namespace="biofunc"`.
 
     Attributes:
         key: int64 `(2,)`, the key of all noise.
@@ -30,7 +31,8 @@ class BioState:
         polarity: by path, the sign of each presynaptic neuron (+1 excitatory, -1 inhibitory).
         activity: by path, the running mean activity of each postsynaptic neuron.
         slots: by rule name, what else a rule keeps: `{entry: {path: tensor}}`.
-        fresh: static; the value to which a re-drawn synapse returns in an entry of a slot.
+        fresh: static; the value to which a re-drawn synapse returns, by slot and entry.
+        layout: static; path and shape of every leaf of the parameters it was made for.
     """
 
     key: Tensor
@@ -40,6 +42,7 @@ class BioState:
     activity: Leaves = dataclasses.field(default_factory=dict)
     slots: Slots = dataclasses.field(default_factory=dict)
     fresh: Fresh = ()
+    layout: Layout = ()
 
     def replace(self, **fields: Any) -> "BioState":
         """A copy with other values in the named fields.
@@ -93,7 +96,10 @@ class BioState:
             redrawn: bool tensors by path, shaped like the weights; True where a weight is new.
 
         Returns:
-            The new state. Every weight-shaped entry of a slot returns to the fresh value that its rule declares.
+            The new state. Every entry of a slot returns to the fresh value that its rule declares.
+
+        Raises:
+            ValueError: a rule keeps one value for a whole leaf, because the state was made without the re-drawing rule.
         """
         plasticity = dict(self.plasticity)
         for path, mask in redrawn.items():
@@ -102,12 +108,14 @@ class BioState:
                 plasticity[path] = torch.where(mask, 1.0 if innate is None else innate, plasticity[path])
         state = self.replace(plasticity=plasticity)
         for name, entry, value in self.fresh:
-            kept = self.slots[name][entry]
-            renewed = {
-                path: torch.where(mask, value, kept[path])
-                for path, mask in redrawn.items()
-                if path in kept and kept[path].shape == mask.shape
-            }
+            kept = self.slots[name].get(entry, {})
+            renewed = {path: torch.where(mask, value, kept[path]) for path, mask in redrawn.items() if path in kept}
+            for path, leaf in renewed.items():
+                if leaf.shape != kept[path].shape:
+                    raise ValueError(
+                        f"{name} keeps one '{entry}' for all synapses of '{path}'; hand the rule that re-draws them to "
+                        "bf.init too, so that each keeps its own"
+                    )
             state = state.with_slot(name, **{entry: renewed})
         return state
 
@@ -142,25 +150,33 @@ def _children(state: BioState) -> tuple[Any, ...]:
     return tuple([getattr(state, name) for name in DATA])
 
 
-def _static(state: BioState) -> Fresh:
-    return state.fresh
+def _static(state: BioState) -> tuple[Fresh, Layout]:
+    return state.fresh, state.layout
 
 
-def _rebuild(values: Any, fresh: Any) -> BioState:
-    return BioState(**dict(zip(DATA, values, strict=True)), fresh=fresh)
+def _rebuild(values: Any, static: Any) -> BioState:
+    return BioState(**dict(zip(DATA, values, strict=True)), fresh=static[0], layout=static[1])
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple([_as_tuples(item) for item in value]) if isinstance(value, list) else value
+
+
+def _as_lists(value: Any) -> Any:
+    return [_as_lists(item) for item in value] if isinstance(value, tuple) else value
 
 
 torch_pytree.register_pytree_node(
     BioState,
     lambda state: (list(_children(state)), _static(state)),
-    lambda values, fresh: _rebuild(values, fresh),
+    _rebuild,
     serialized_type_name="biofunc.BioState",
     flatten_with_keys_fn=lambda state: (
         [(torch_pytree.GetAttrKey(name), getattr(state, name)) for name in DATA],
         _static(state),
     ),
-    to_dumpable_context=lambda fresh: [list(row) for row in fresh],
-    from_dumpable_context=lambda rows: tuple(tuple(row) for row in rows),
+    to_dumpable_context=_as_lists,
+    from_dumpable_context=_as_tuples,
 )
 trees.register(BioState, _children, _static, _rebuild, DATA)
 torch.serialization.add_safe_globals([BioState])

@@ -53,7 +53,10 @@ def check_params(params: dict[str, Any]) -> None:
     """Raises a TypeError that names the first leaf which is not a floating-point tensor."""
     for path, leaf in params.items():
         if not isinstance(leaf, Tensor):
-            raise TypeError(f"params leaf '{path}' is {type(leaf).__name__}; each leaf must be a floating-point tensor")
+            raise TypeError(
+                f"params leaf '{path}' is {type(leaf).__name__}; each leaf must be a floating-point tensor, "
+                "and a class of your own a node: optree.register_pytree_node(…, namespace='biofunc')"
+            )
         if not leaf.is_floating_point():
             raise TypeError(
                 f"params leaf '{path}' has dtype {leaf.dtype}; learning moves floating-point leaves only: "

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from biofunc.decorator import GIVEN, rule
 from biofunc.noise import Noise
-from biofunc.reductions import finite_mean
+from biofunc.reductions import finite_mean, finite_min
 from biofunc.rule import Hyperparameter
 from biofunc.state import BioState
 from biofunc.trees import Leaves
@@ -22,6 +22,7 @@ __all__ = ["volume_dependent_lr"]
 @rule(
     phase="direction",
     ranges={"base_lr": "(0, inf)", "stability_factor": "[0, inf)", "lr_variability": "[0, inf)"},
+    choices={"normalise": (True, False)},
 )
 def volume_dependent_lr(
     params: Leaves,
@@ -56,14 +57,16 @@ def volume_dependent_lr(
 
     Noise: one normal per synapse and step.
 
-    Source: pytorch_bio_transformations 0.0.5, `volume_dependent_lr`; the biology: Yasumatsu, Matsuzaki, Miyazaki,
-    Noguchi, Kasai 2008, doi 10.1523/JNEUROSCI.0603-08.2008.
+    Source: pytorch_bio_transformations 0.0.5, `volume_dependent_lr`; it is no part of the paper of 2025. The biology:
+    Yasumatsu, Matsuzaki, Miyazaki, Noguchi, Kasai 2008, doi 10.1523/JNEUROSCI.0603-08.2008.
 
     Differs: normalise is new. Without it the defaults multiply the learning rate by 0.1 to 0.037.
     """
 
     def factor(w: Tensor, z: Tensor) -> Tensor:
         volume = w.abs() / (w.abs() + 1)
+        if normalise:  # a factor common to the leaf cancels; without it a large exponent could make all factors 0
+            volume = volume - finite_min(volume)
         eta = base_lr * torch.exp(-stability_factor * volume)
         drawn = (eta * (1 + lr_variability * z)).abs()
         scaled: Tensor = drawn / finite_mean(drawn) if normalise else drawn

@@ -51,8 +51,11 @@ def train(learn, params, state, steps, **signals):
         ([bf.rejuvenate_weights, bf.descend(0.1)], "rejuvenate_weights behind descend"),
         ([bf.descend(0.1), partial(bf.fuzzy_learning_rates, nu=0.1)], "move fuzzy_learning_rates before descend"),
         ([bf.adam(), bf.crystallize, bf.fuzzy_learning_rates], "crystallize reads the raw gradient.*adam"),
-        ([bf.adam(), bf.sgd()], "two optimizers, adam and sgd"),
-        ([bf.descend(0.1), bf.named("again", bf.descend(0.1))], "two rules move the parameters"),
+        ([bf.adam(), bf.sgd()], "more than one optimizer: adam and sgd.*bf.where"),
+        (
+            [bf.descend(0.1), bf.named("again", bf.descend(0.1))],
+            "more than one rule that moves parameters: descend and again",
+        ),
         ([bf.rejuvenate_weights, bf.volume_dependent_lr], "move rejuvenate_weights behind descend"),
         ([bf.volume_dependent_lr, bf.volume_dependent_lr], "two rules are named 'volume_dependent_lr'.*bf.named"),
         ([bf.crystallize, bf.descend(0.1)], "crystallize writes.*nu=0"),
@@ -99,13 +102,6 @@ def test_two_rules_of_one_kind_have_noise_and_memory_of_their_own():
     _, once_g, _ = once(params, grads, once.init(params, bf.random.key(0)))
     _, again_g, _ = once(params, once_g, once.init(params, bf.random.key(0)))
     assert not torch.equal(twice_g["fc1.weight"], again_g["fc1.weight"])
-    fuzzy = bf.chain(
-        partial(bf.fuzzy_learning_rates, nu=0.3), bf.named("more", partial(bf.fuzzy_learning_rates, nu=0.2))
-    )
-    state = fuzzy.init(params, bf.random.key(0))
-    product = state.slots["fuzzy_learning_rates"]["innate"]["fc1.weight"] * state.slots["more"]["innate"]["fc1.weight"]
-    assert torch.equal(state.plasticity["fc1.weight"], product)
-    assert torch.equal(state.innate("fc1.weight"), product)
 
 
 def test_a_chain_without_descend_only_transforms():
@@ -192,7 +188,7 @@ def test_a_state_without_the_rule_or_of_another_model_is_refused():
     with pytest.raises(TypeError, match="state is dict; make a BioState"):
         bf.crystallize(params, grads, {})
     wide = bf.init({**params, "fc1.weight": torch.ones(7, 6)}, bf.random.key(0), bf.crystallize)
-    with pytest.raises(ValueError, match=r"fc1.weight.*\(7, 6\).*\(5, 6\).*another model"):
+    with pytest.raises(ValueError, match=r"fc1.weight.*\(5, 6\).*\(7, 6\).*another model"):
         bf.crystallize(params, grads, wide)
     with pytest.raises(TypeError, match="key is 0; a key is int64"):
         bf.init(params, 0)

@@ -135,6 +135,7 @@ def test_without_a_compiler_the_job_says_so(monkeypatch):
         (["compare", "--lr", "0"], "argument --lr: 0.0 is no learning rate"),
         (["compare", "--device", "cuda"], "argument --device: cuda is not available here"),
         (["compare", "--device", "abacus"], "argument --device: 'abacus' is unknown"),
+        (["compare", "--device", "meta"], "argument --device: 'meta' is not supported; give cpu or cuda"),
         (["compare", "--out", "pyproject.toml"], "argument --out: cannot write to 'pyproject.toml'"),
         (["compare", "--out", "/proc/none"], "argument --out: cannot write to '/proc/none'"),
         (["compare", "--speed", "9"], "unrecognized arguments: --speed 9"),
@@ -158,6 +159,10 @@ def test_a_missing_package_is_named_with_the_pip_line(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main(["compare", "--data", "mnist5k"])
     assert "pip install 'biofunc[eval]'" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    with pytest.raises(SystemExit):
+        main(["compare"])
+    assert "pip install 'biofunc[demo]'" in capsys.readouterr().err
 
 
 def test_interrupted_writes_nothing(monkeypatch, tmp_path, capsys):

@@ -321,8 +321,13 @@ def test_a_wrong_tree_shape_or_dtype_is_named_by_its_path(row):
     for error, message, bad_params, bad_grads in wrong:
         with pytest.raises(error, match=message):
             rule(bad_params, bad_grads, state)
-    with pytest.raises(KeyError, match=r"fc2.weight.*another model"):
-        rule({"fc1.weight": params["fc1.weight"]}, {"fc1.weight": grads["fc1.weight"]}, state)
+    without = [{path: leaf for path, leaf in tree.items() if path != "fc2.weight"} for tree in (params, grads)]
+    with pytest.raises(KeyError, match=r"with a leaf 'fc2.weight' that params lacks.*another model"):
+        rule(*without, state)
+    with pytest.raises(KeyError, match=r"without the leaf 'fc2.weight' of params.*another model"):
+        rule(params, grads, make_state(rule, without[0]))
+    with pytest.raises(ValueError, match=r"fc1.bias.*\(2, 5\).*\(5,\).*torch.vmap"):
+        rule(*bf.ensemble.stack([(params, grads)] * 2), state)
 
 
 @every_rule

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from scipy import special, stats
 
 from biofunc import BioState, philox, random
-from biofunc.noise import Noise, init_noise, step_noise
+from biofunc.noise import Noise, StepKeys, init_keys
 
 SIZES = [1, 5, 7, 1000, 1001, 4099]  # most of them end inside a block, where tails go wrong
 MILLIONS = 10**7
@@ -638,7 +638,7 @@ def test_a_rule_draws_once(first, second):
 def test_keys_of_a_rule_come_from_names_step_and_path():
     state = BioState(random.key(42), torch.tensor(3))
     names, paths = ["volume", "fuzzy"], list(LEAVES)
-    at_step, at_init = step_noise(state, names, paths), {name: init_noise(state, name, paths) for name in names}
+    at_step, at_init = StepKeys(state, names, paths), {name: init_keys(state, name, paths) for name in names}
     for name in names:
         of_rule = random.fold_in(state.key, name)
         for path in paths:
@@ -649,9 +649,8 @@ def test_keys_of_a_rule_come_from_names_step_and_path():
 
 def test_keys_of_no_rules_or_no_leaves_are_none():
     state = BioState(random.key(42), torch.tensor(3))
-    assert step_noise(state, ["volume"], []) == {"volume": {}}
-    assert step_noise(state, [], ["w"]) == {}
-    assert init_noise(state, "volume", []) == {}
+    assert StepKeys(state, ["volume"], [])["volume"] == {}
+    assert init_keys(state, "volume", []) == {}
 
 
 # Statistics of one stream
@@ -741,8 +740,8 @@ def test_rademacher_is_balanced():
 def _leaf_family():
     """Two rules, two steps, two leaves."""
     states = [BioState(random.key(42), torch.tensor(step)) for step in (0, 1)]
-    noises = [step_noise(state, ["volume", "fuzzy"], ["fc1.weight", "fc2.weight"]) for state in states]
-    return torch.stack([key for noise in noises for keys in noise.values() for key in keys.values()])
+    noises = [StepKeys(state, ["volume", "fuzzy"], ["fc1.weight", "fc2.weight"]) for state in states]
+    return torch.stack([key for noise in noises for name in ("volume", "fuzzy") for key in noise[name].values()])
 
 
 def _generations():

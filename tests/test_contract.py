@@ -1,0 +1,216 @@
+"""What holds between rules, states and trees beyond a single rule, and what is refused before it can go wrong."""
+
+import collections
+from functools import partial
+
+import pytest
+import torch
+from helpers import assert_same, leaves, mlp
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.func import grad
+
+import biofunc as bf
+
+# Leaves are treated once
+
+
+def test_optimizers_and_rates_may_divide_the_leaves_among_them():
+    params, grads = mlp()
+    learn = bf.chain(
+        bf.where("*weight", bf.adam()),
+        bf.where("*bias", bf.sgd(0.5)),
+        bf.where("fc1*", partial(bf.fuzzy_learning_rates, nu=0.3)),
+        bf.where("*weight", bf.descend(0.1)),
+        bf.where("*bias", bf.named("descend biases", bf.descend(0.2))),
+    )
+    state = learn.init(params, bf.random.key(0))
+    new, _, state = learn(params, grads, state)
+    assert torch.equal(new["fc1.bias"], params["fc1.bias"] - 0.2 * grads["fc1.bias"])
+    assert set(state.slots["sgd"]["momentum"]) == {"fc1.bias", "fc2.bias"}
+    assert state.plasticity["fc2.weight"].dim() == 0
+    overlapping = bf.chain(bf.where("fc1*", bf.adam()), bf.where("*weight", bf.sgd()))
+    with pytest.raises(ValueError, match=r"more than one optimizer on 'fc1.weight': adam and sgd"):
+        overlapping.init(params, bf.random.key(0))
+
+
+def test_rates_are_applied_once():
+    params, _ = mlp()
+    twice = [partial(bf.fuzzy_learning_rates, nu=0.3), bf.named("more", partial(bf.fuzzy_learning_rates, nu=0.2))]
+    with pytest.raises(ValueError, match="more than one rule that applies learning-rate factors"):
+        bf.chain(*twice)
+    with pytest.raises(ValueError, match=r"factors on 'fc1.weight': fuzzy_learning_rates and more"):
+        bf.chain(*[bf.where("fc*", rule) for rule in twice]).init(params, bf.random.key(0))
+
+
+def test_rates_that_are_written_are_applied_leaf_by_leaf():
+    params, _ = mlp()
+    learn = bf.chain(bf.crystallize, bf.where("fc1.weight", partial(bf.fuzzy_learning_rates, nu=0)))
+    with pytest.raises(ValueError, match=r"crystallize writes rates of 'fc2.weight' that no rule applies there"):
+        learn.init(params, bf.random.key(0))
+
+
+def test_turnover_is_refused_where_adam_counts_for_the_leaf_as_a_whole():
+    """Moments that restart under an old count would move a new synapse by several learning rates."""
+    params, grads = mlp()
+    state = bf.init(params, bf.random.key(0), bf.adam())
+    with pytest.raises(ValueError, match=r"adam keeps one 'count' for all synapses of 'fc1.weight'.*bf.init too"):
+        bf.rejuvenate_weights(params, grads, state)
+
+
+# Trees and keys
+
+
+def test_keys_of_an_ensemble_need_vmap():
+    params, _ = mlp()
+    for count in (1, 2, 3):
+        with pytest.raises(ValueError, match=r"torch\.vmap\(learn\.init\)\(params, keys\)"):
+            bf.init(params, bf.random.key(torch.arange(count)))
+
+
+def test_grads_may_come_in_a_container_of_another_order():
+    params, grads = mlp()
+    ordered = collections.OrderedDict(reversed(list(grads.items())))
+    learn = bf.chain(bf.sgd(0.5))
+    _, from_dict, _ = learn(params, grads, learn.init(params, bf.random.key(0)))
+    _, from_ordered, _ = learn(params, ordered, learn.init(params, bf.random.key(0)))
+    assert list(from_ordered) == list(ordered)
+    assert all(torch.equal(from_ordered[path], from_dict[path]) for path in params)
+
+
+def test_the_model_in_place_of_its_parameters_is_refused():
+    with torch.device("meta"):
+        model = torch.nn.Linear(2, 2)
+    with pytest.raises(TypeError, match="params leaf '' is Linear"):
+        bf.init(model, bf.random.key(0))
+
+
+def test_a_module_parameter_and_its_gradient_enter_by_value():
+    """Half a meta-gradient would be worse than none: autograd refuses."""
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    (gradient,) = torch.autograd.grad((weight**2).sum(), weight, create_graph=True)
+    learn = bf.chain(bf.descend(0.1))
+    new, _, _ = learn({"w": weight}, {"w": gradient}, learn.init({"w": weight}, bf.random.key(0)))
+    assert not new["w"].requires_grad
+
+
+def test_a_sweep_from_init_on_compiles_once_and_entries_share_no_memory():
+    params, grads = mlp()
+
+    def make(nu):
+        return bf.chain(partial(bf.fuzzy_learning_rates, nu=nu), bf.descend(0.1))
+
+    states = torch.vmap(lambda nu: make(nu).init(params, bf.random.key(0)))(torch.tensor([0.1, 0.2]))
+    assert all(leaf.is_contiguous() for leaf in leaves(states).values())
+    plain = bf.init(params, bf.random.key(0))
+    assert len({leaf.data_ptr() for leaf in leaves(plain).values()}) == len(leaves(plain))
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    step = torch.compile(torch.vmap(make(0.1)), backend=counter, fullgraph=True)
+    run, several_grads = bf.ensemble.stack([(params, grads)] * 2)
+    for _ in range(4):
+        run, _, states = step(run, several_grads, states)
+    assert counter.frame_count == 1
+
+
+# Rules of one's own
+
+
+def test_a_phase_a_choice_and_a_result_are_checked():
+    with pytest.raises(ValueError, match="phase is 'weight'; it must be one of gradient, direction"):
+        bf.rule(phase="weight")
+    with pytest.raises(ValueError, match="selection is 'smal'; it must be 'small' or 'random'"):
+        bf.every(100, partial(bf.rejuvenate_weights, selection="smal"))
+    with pytest.raises(ValueError, match="normalise is 'no'; it must be True or False"):
+        bf.chain(partial(bf.volume_dependent_lr, normalise="no"))
+    params, grads = mlp()
+
+    @bf.rule(phase="weights")
+    def shapeless(params, grads, state):
+        return {path: w.sum() for path, w in params.items()}, grads, state
+
+    @bf.rule(phase="weights")
+    def forgetful(params, grads, state):
+        return params, {}, state
+
+    state = bf.init(params, bf.random.key(0))
+    with pytest.raises(ValueError, match=r"shapeless returned params leaf 'fc1.weight' of shape \(\) instead of"):
+        shapeless(params, grads, state)
+    with pytest.raises(ValueError, match=r"forgetful returned grads without 'fc1.weight'"):
+        forgetful(params, grads, state)
+    short = partial(bf.fuzzy_learning_rates, distribution=lambda key, weight, nu: torch.ones(7))
+    with pytest.raises(ValueError, match=r"distribution gave rates of shape \(7,\) for 'fc1.weight'"):
+        bf.init(params, bf.random.key(0), short)
+
+
+def test_a_keyword_of_init_reaches_the_rule_as_well():
+    seen = []
+
+    def remember(params, state, *, scale=1.0):
+        seen.append(scale)
+        return state
+
+    @bf.rule(phase="weights", init=remember)
+    def scaled(params, grads, state, *, scale=1.0):
+        seen.append(scale)
+        return params, grads, state
+
+    params, grads = mlp()
+    learn = bf.chain(partial(scaled, scale=3.0))
+    learn(params, grads, learn.init(params, bf.random.key(0)))
+    assert seen == [3.0, 3.0]
+
+
+def test_a_rule_that_is_skipped_derives_no_keys(monkeypatch):
+    params, grads = mlp()
+    learn = bf.chain(bf.descend(0.1), bf.every(10, bf.rejuvenate_weights))
+    state = learn.init(params, bf.random.key(0))
+    monkeypatch.setattr(bf.random, "fold_in_names", None)
+    learn(params, grads, state)
+    with pytest.raises(TypeError):
+        learn(params, grads, state.replace(step=state.step + 9))
+
+
+# Numbers
+
+
+def test_schedules_sweep_by_vmap():
+    params, grads = mlp()
+
+    def run(value):
+        schedules = [bf.schedules.constant(value), bf.schedules.exponential(value, value, 5)]
+        schedules += [bf.schedules.piecewise(value, {1: value / 2}), bf.schedules.cosine(value, value / 2, 9)]
+        moved = {}
+        for index, schedule in enumerate(schedules):
+            learn = bf.chain(bf.descend(schedule))
+            p, state = params, learn.init(params, bf.random.key(0))
+            for _ in range(2):
+                p, _, state = learn(p, grads, state)
+            moved[index] = p
+        return moved
+
+    rates = torch.tensor([0.1, 0.5])
+    assert_same(torch.vmap(run)(rates), bf.ensemble.stack([run(rate) for rate in rates]), ulps=2)
+
+
+def test_a_large_exponent_leaves_normalised_factors_finite():
+    params, grads = mlp()
+    state = bf.init(params, bf.random.key(0))
+    _, scaled, _ = bf.volume_dependent_lr(params, grads, state, normalise=True, stability_factor=1e5)
+    assert all(g.isfinite().all() for g in scaled.values())
+
+
+def test_meta_gradients_through_adam_survive_synapses_without_gradient():
+    params = {"w": torch.ones(3, 1, dtype=torch.float64)}
+    x = torch.tensor([1.0, 0.0, 2.0], dtype=torch.float64)  # a dead pixel
+    learn = bf.chain(bf.adam(), bf.descend(0.1))
+    state = learn.init(params, bf.random.key(0))
+
+    def final_loss(lr):
+        p, s = params, state
+        for _ in range(3):
+            p, _, s = learn(p, grad(lambda p: ((x @ p["w"]) ** 2).sum())(p), s, lr=lr)
+        return ((x @ p["w"]) ** 2).sum()
+
+    lr = torch.tensor(0.1, dtype=torch.float64)
+    difference = (final_loss(lr + 1e-6) - final_loss(lr - 1e-6)) / 2e-6
+    torch.testing.assert_close(grad(final_loss)(lr), difference, rtol=1e-6, atol=0)
