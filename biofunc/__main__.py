@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _compare(options)
     except ModuleNotFoundError as error:
-        hint = "" if "pip install" in str(error) else ": pip install 'biofunc[demo]'"
+        hint = "" if "pip install" in str(error) else "; compare needs: pip install '.[demo]' in the checkout"
         parser.error(f"{error}{hint}")
     except (ValueError, TypeError, OSError) as error:
         parser.error(str(error).replace("\n", " "))
@@ -55,16 +55,21 @@ def _parser() -> _Parser:
         "compare",
         prog="biofunc compare",
         help="train bio-modified networks next to plain ones, as one ensemble, on real data",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    compare.add_argument("--data", default="digits", help="digits, mnist5k or mnist1d")
-    compare.add_argument("--arms", nargs="+", help="arms to run; plain always runs (default: all)")
-    compare.add_argument("--seeds", type=int, default=32, help="members per arm")
-    compare.add_argument("--steps", type=int, default=300, help="training steps")
-    compare.add_argument("--optimizer", default="sgd", help="sgd or adam")
+    compare.add_argument("--data", default="digits", help="digits (default), mnist5k or mnist1d")
+    compare.add_argument(
+        "--arms",
+        nargs="+",
+        metavar="ARM",
+        help="fuzzy_learning_rates volume_dependent_lr crystallize rejuvenate_weights weight_splitting all_five, one "
+        "or more, separated by spaces (default: all); plain always runs",
+    )
+    compare.add_argument("--seeds", type=int, default=32, help="members per arm (default: 32)")
+    compare.add_argument("--steps", type=int, default=300, help="training steps (default: 300)")
+    compare.add_argument("--optimizer", default="sgd", help="sgd (default) or adam")
     compare.add_argument("--lr", type=float, help="learning rate (default: 0.1 for sgd, 0.001 for adam)")
-    compare.add_argument("--device", default="cpu", help="cpu or cuda")
-    compare.add_argument("--out", type=Path, help="folder for the results (default: runs/DATA)")
+    compare.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    compare.add_argument("--out", type=Path, help="folder (default: runs/DATA-OPTIMIZER-SEEDSxSTEPS)")
     return parser
 
 
@@ -74,22 +79,21 @@ def _compare(options: argparse.Namespace) -> int:
     started = time.perf_counter()
     config = _config(options)
     data = datasets.load(config.data)
-    folder = _writable(options.out or Path("runs") / config.data)
+    default = f"{config.data}-{config.optimizer}-{config.seeds}x{config.steps}"
+    folder = _writable(options.out or Path("runs") / default)
     groups = len({"weight_splitting" in compare.ARMS[arm] for arm in config.arms})
     with _progress_bar(groups * config.steps) as bar:
-        bar.set_description("compiling")
 
-        def advance(group: str) -> None:
-            bar.set_description(group, refresh=False)
-            bar.update()
+        def advance(doing: str, steps: int) -> None:
+            bar.set_description(doing)
+            bar.update(steps)
 
         comparison = compare.compare(config, data, advance)
-    print(f"{len(config.arms)} arms x {config.seeds} seeds, {config.steps} steps, by {comparison.execution}\n")
+    print(f"arms: {len(config.arms)}, seeds: {config.seeds}, steps: {config.steps}, by {comparison.execution}\n")
     summary = report.summarise(comparison)
     meta = report.meta(comparison, time.perf_counter() - started)
     print(report.table(summary, meta["seconds_by_arm"]))
-    if groups > 1:
-        print(f"\n{report.SPLITTING_NOTE}")
+    print(f"\n{report.NOTE}")
     report.write(folder, summary, meta, comparison)
     print(f"\n{folder}/: results.json, curves.png, rates.png; {meta['seconds']:.0f} s in all")
     return 0

@@ -20,7 +20,8 @@ def adam(
 ) -> Rule:
     """Makes the Adam rule: direction `m / (sqrt(v) + eps)` with the bias-corrected moments m of g and v of g^2.
 
-    `chain(adam(), descend(1e-3))` computes what `torch.optim.Adam(lr=1e-3)` does.
+    `chain(adam(), descend(1e-3))` computes what `torch.optim.Adam(lr=1e-3)` does; the learning rate is that
+    of `descend`.
 
     Args:
         beta1: decay of the mean gradient, in [0, 1).
@@ -51,7 +52,8 @@ def adamw(
 ) -> Rule:
     """Makes the AdamW rule: Adam's direction of the bare gradient, plus `weight_decay w`.
 
-    `chain(adamw(), descend(1e-3))` computes what `torch.optim.AdamW(lr=1e-3)` does.
+    `chain(adamw(), descend(1e-3))` computes what `torch.optim.AdamW(lr=1e-3)` does; the learning rate is
+    that of `descend`.
 
     Args:
         beta1: decay of the mean gradient, in [0, 1).
@@ -87,6 +89,7 @@ def _moments(params: Leaves, state: BioState, *, redraws: bool, name: str) -> Bi
     ranges={"beta1": "[0, 1)", "beta2": "[0, 1)", "eps": "[0, inf)", "weight_decay": "[0, inf)"},
     init=_moments,
     memory={"mean": 0.0, "square": 0.0, "count": 0.0},
+    scale_free=True,
     every_leaf=True,
 )
 def _adam(

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from biofunc import philox, random, trees
+from biofunc import philox, trees
+from biofunc.keys import check_key
 from biofunc.rule import Rule, as_rule, compute_dtype, on_trees
 from biofunc.selection import Selection, is_synapse, select_paths
 from biofunc.state import BioState
@@ -32,7 +33,8 @@ class Chain:
             params: tree of floating-point parameters.
             key: from `biofunc.random.key`.
             where: which leaves are synapses: a glob on paths, a predicate `(path, leaf) -> bool`, a tree of bools, or
-                `layers(model, *types)`; default: leaves of two or more dimensions.
+                `layers(model, *types)`; default: leaves of two or more dimensions. What is given selects alone, so
+                that a glob that matches biases makes synapses of them.
 
         Returns:
             BioState with all the structure it will ever have.
@@ -109,7 +111,7 @@ def init(params: Tree, key: Tensor, *rules: Any, where: Selection = None) -> Bio
     Raises:
         TypeError, ValueError, KeyError: a leaf is not floating point, a key is none, or `where` selects nothing.
     """
-    random.check_key(key)
+    check_key(key)
     if key.dim() != 1:
         raise ValueError(
             f"key has shape {tuple(key.shape)}, so it holds several; an ensemble's states are made by "
@@ -177,6 +179,11 @@ def _check_order(rules: list[Rule]) -> None:
             if rule.phase == "gradient" and earlier.phase == "optimizer":
                 raise ValueError(
                     f"{rule.name} reads the raw gradient and stands after {earlier.name}; move it before {earlier.name}"
+                )
+            if rule.scale_free and earlier.applies_rates and not (rule.within or earlier.within):
+                raise ValueError(
+                    f"{earlier.name} stands before {rule.name}, which divides constant factors of its gradient out "
+                    f"again; move {earlier.name} behind {rule.name}"
                 )
             for what, does in _ONCE.items():
                 if does(rule) and does(earlier) and not (rule.within and earlier.within):

@@ -83,13 +83,16 @@ class Comparison:
     execution: str
 
 
-def compare(config: Config, data: Dataset, advance: Callable[[str], None] = lambda group: None) -> Comparison:
+Advance = Callable[[str, int], None]
+
+
+def compare(config: Config, data: Dataset, advance: Advance = lambda doing, steps: None) -> Comparison:
     """Trains every arm with every seed.
 
     Args:
         config: what to compare.
         data: from `biofunc.datasets.load`.
-        advance: called after each ensemble step with the group's name, for a progress bar.
+        advance: called with what is being done and the ensemble steps just finished, for a progress bar.
 
     Returns:
         The results.
@@ -140,7 +143,7 @@ def _train_group(
     split: bool,
     compiled: bool,
     evaluated: Sequence[int],
-    advance: Callable[[str], None],
+    advance: Advance,
 ) -> dict[str, ArmResult]:
     """Trains arms that share a forward pass; members lie arm by arm, seed by seed."""
     inputs, labels = data.inputs.to(config.device), data.labels.to(config.device)
@@ -172,7 +175,8 @@ def _train_group(
         ensemble_step = torch.compile(ensemble_step, fullgraph=True)
     train, test = _splits(keys, len(labels))
     x_test, y_test = inputs[test], labels[test]
-    group = "weight splitting" if split else "shared forward pass"
+    group = "split networks" if split else "plain networks"
+    advance(f"{group}: compiling" if compiled else group, 0)
     accuracy = []
     start = time.perf_counter()
     for number, batch in enumerate(_batches(keys, train, config.steps)):
@@ -180,7 +184,7 @@ def _train_group(
             accuracy.append(_accuracy(model, params, x_test, y_test, len(arms)))
         members = _per_arm(batch, len(arms))
         params, state = ensemble_step(params, state, hyper, inputs[members], labels[members])
-        advance(group)
+        advance(group, 1)
     accuracy.append(_accuracy(model, params, x_test, y_test, len(arms)))
     seconds = (time.perf_counter() - start) / len(arms)
     rates = torch.cat([rate.reshape(len(arms), config.seeds, -1) for rate in state.plasticity.values()], -1)

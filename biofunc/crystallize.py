@@ -47,7 +47,7 @@ def crystallize(
 ) -> tuple[Leaves, Leaves, BioState]:
     """Lowers the learning rate of synapses that have settled.
 
-        settled = |g| < crystal_thresh |w|  or  |g| > mean |w|
+        settled = |g| < crystal_thresh |w|  or  |g| > mean |w| of the leaf
         rho <- rho dampening_factor, but no lower than floor, where settled; rho + recovery (innate - rho) elsewhere
 
     Args:

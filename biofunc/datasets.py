@@ -40,7 +40,7 @@ def load(name: str) -> Dataset:
     except ModuleNotFoundError as error:
         extra = "demo" if name == "digits" else "eval"
         raise ModuleNotFoundError(
-            f"data '{name}' needs the package '{error.name}': pip install 'biofunc[{extra}]'", name=error.name
+            f"data '{name}' needs the package '{error.name}': pip install '.[{extra}]' in the checkout", name=error.name
         ) from error
 
 

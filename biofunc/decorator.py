@@ -8,7 +8,7 @@ schedules, checks, half precision, noise and memory.
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, Concatenate, ParamSpec, get_args
+from typing import Any, Concatenate, ParamSpec, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,10 @@ GIVEN: Any = None
 
 
 def rule(
+    function: None = None,
+    /,
     *,
-    phase: Phase,
+    phase: Phase | None = None,
     ranges: Mapping[str, str] | None = None,
     choices: Mapping[str, tuple[Any, ...]] | None = None,
     init: Callable[..., BioState] | None = None,
@@ -38,14 +40,20 @@ def rule(
     redraws: bool = False,
     writes_rates: bool = False,
     applies_rates: bool = False,
+    scale_free: bool = False,
     every_leaf: bool = False,
 ) -> Callable[[Body[P]], OnTrees[P]]:
     """Makes a rule of a function `f(params, grads, state, *, keywords) -> (params, grads, state)`.
 
     The function gets `params` and `grads` as dicts `{path: tensor}` of the synapses alone, in float32 where the
-    leaves are bfloat16 or float16, and returns dicts of the same paths and shapes. It may declare the keywords `noise`
-    (draws, see `Noise.draw`) and `name` (the name of its slot in `state.slots`). It treats leaf by leaf: in a tree of
-    several dtypes or devices it is called once for each, with the leaves of that kind.
+    leaves are bfloat16 or float16, and returns dicts of the same paths and shapes; it never writes into what it is
+    given. It treats leaf by leaf: in a tree of several dtypes or devices it is called once for each, with the leaves of
+    that kind. It may declare two keywords that are filled in:
+
+    - `noise`: `noise.draw(params, "normal", "uniform", "coin")` gives one dict of draws per kind, shaped like the
+      leaves (a coin is one uniform per leaf); all the noise of a step comes from one call.
+    - `name`: the name of its slot; `state.slots[name]["trace"]` is what it kept, and
+      `state.with_slot(name, trace=new)` is the state that keeps the new tensors.
 
     Args:
         phase: "gradient" (reads the raw gradient, before the optimizer), "direction" (shapes the gradient or the
@@ -63,6 +71,7 @@ def rule(
         redraws: the rule puts new synapses in the place of old ones and calls `state.restart`.
         writes_rates: the rule changes `state.plasticity`.
         applies_rates: the rule multiplies the descent direction by `state.plasticity`.
+        scale_free: an optimizer that divides constant factors of its gradient out again, as Adam does.
         every_leaf: hand over every leaf, not synapses alone.
 
     Returns:
@@ -70,10 +79,12 @@ def rule(
         position.
 
     Raises:
-        ValueError: the phase is unknown.
+        ValueError: the phase is unknown, a range is not in interval notation, or a default lies outside it.
         TypeError: a range or a choice is given for a keyword that the function does not declare.
     """
-    if phase not in get_args(Phase):
+    if function is not None:
+        raise TypeError("write @bf.rule(phase=…) above the function, with its parentheses")
+    if phase is None or phase not in get_args(Phase):
         raise ValueError(f"phase is {phase!r}; it must be one of {', '.join(get_args(Phase))}")
 
     def decorate(function: Body[P]) -> OnTrees[P]:
@@ -98,21 +109,30 @@ def rule(
             redraws=redraws,
             writes_rates=writes_rates,
             applies_rates=applies_rates,
+            scale_free=scale_free,
             every_leaf=every_leaf,
             fresh=dict(memory or {}),
         )
 
+        for name, interval in made.ranges.items():
+            default = signature.parameters[name].default
+            if isinstance(default, int | float) and default not in interval:
+                raise ValueError(f"{made.name}: the default {name}={default} lies outside {interval.text}")
+
         @functools.wraps(function)
-        def call(
-            params: Tree, grads: Tree, state: BioState, /, *args: P.args, **keywords: P.kwargs
-        ) -> tuple[Tree, Tree, BioState]:
-            return made(params, grads, state, *args, **keywords)
+        def call(*given: Any, **keywords: Any) -> tuple[Tree, Tree, BioState]:
+            if len(given) != 3:
+                raise TypeError(
+                    f"{made.name} takes (params, grads, state) by position, and got {len(given)} of them; "
+                    f"functools.partial(bf.{made.name}, …) binds keywords"
+                )
+            return made(*given, **keywords)
 
         trees = [p.replace(kind=p.POSITIONAL_ONLY) for p in list(signature.parameters.values())[:3]]
         given = [p for p in list(signature.parameters.values())[3:] if p.name not in INJECTED]
         call.__signature__ = signature.replace(parameters=[*trees, *given])  # type: ignore[attr-defined]
         call.rule = made  # type: ignore[attr-defined]
-        return call
+        return cast(OnTrees[P], call)
 
     return decorate
 
@@ -139,7 +159,11 @@ def _transform(
             given["noise"] = Noise(keywords["noise"][rule.name])
         if "name" in rule.keywords:
             given["name"] = rule.name
-        new_weights, new_directions, state = function(dict(weights), dict(directions), state, **given)
+        result = function(dict(weights), dict(directions), state, **given)
+        if not (isinstance(result, tuple) and len(result) == 3):
+            raise ValueError(f"{rule.name} must return (params, grads, state)")
+        _check_slot(rule.name, result[2], state)
+        new_weights, new_directions, state = result
         for path in paths:
             params[path] = _back(rule, "params", path, new_weights, weights, params)
             grads[path] = _back(rule, "grads", path, new_directions, directions, grads)
@@ -204,6 +228,17 @@ def _cast(values: Mapping[str, Any], rule: Rule, dtype: torch.dtype) -> dict[str
 def _detached(param: Tensor, leaf: Tensor) -> Tensor:
     """A module's own Parameter and its gradient enter by value: else each step would hang on the graph of the last."""
     return leaf.detach() if isinstance(param, nn.Parameter) else leaf
+
+
+def _check_slot(name: str, new: BioState, old: BioState) -> None:
+    """A slot keeps its structure: entries, paths and shapes exist from init on."""
+    for entry, leaves in new.slots.get(name, {}).items():
+        kept = old.slots.get(name, {}).get(entry)
+        if kept is None:
+            raise ValueError(f"{name} kept an entry '{entry}' that it did not have at init; declare it as memory")
+        for path, leaf in leaves.items():
+            if path not in kept or leaf.shape != kept[path].shape:
+                raise ValueError(f"{name} kept '{entry}' of '{path}' in another shape than it had at init")
 
 
 def _back(rule: Rule, tree: str, path: str, new: Leaves, given: Leaves, original: Leaves) -> Tensor:

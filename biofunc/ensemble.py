@@ -32,6 +32,10 @@ def init(make_model: Callable[[], nn.Module], seeds: Iterable[int]) -> tuple[Lea
         TypeError: a seed is not an integer, or `make_model` returns no module.
         ValueError: no seeds, a seed beyond 64 bits, members of different shapes, or a layer keeps running statistics.
     """
+    if isinstance(make_model, nn.Module) or not callable(make_model):
+        raise TypeError(f"make_model is {type(make_model).__name__}; give a function that builds one, lambda: Model(…)")
+    if not isinstance(seeds, Iterable):
+        raise TypeError(f"seeds is {seeds!r}; give one integer per member, range(100)")
     seeds = list(seeds)
     if not seeds:
         raise ValueError("seeds is empty; an ensemble has at least one member")

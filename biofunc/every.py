@@ -29,13 +29,17 @@ def every(n: int, rule: Any) -> Rule:
 
     Raises:
         TypeError: `n` is not an integer, or `rule` is not a rule.
-        ValueError: `n` is below 1.
+        ValueError: `n` is below 1, or the rule is an optimizer.
     """
     if isinstance(n, bool) or not isinstance(n, int):
         raise TypeError(f"n is {n!r}; a period is an integer number of steps: bf.every(100, rule)")
     if n < 1:
         raise ValueError(f"n is {n}; a period is at least 1 step")
     inner = as_rule(rule)
+    if inner.phase == "optimizer" and n > 1:
+        raise ValueError(
+            f"every({n}, {inner.name}) would hand raw gradients on in between; an optimizer acts at every step"
+        )
 
     def transform(self: Rule, params: Leaves, grads: Leaves, state: BioState, keywords: dict[str, Any]) -> Flat:
         fires = (state.step + 1) % n == 0

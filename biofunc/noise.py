@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from biofunc import philox, random
+from biofunc import philox
+from biofunc.keys import fold_in, fold_in_names
 from biofunc.state import BioState
 from biofunc.trees import Leaves
 
@@ -55,10 +56,9 @@ class Noise:
             RuntimeError: the rule has drawn before; a key is used once, so ask for all kinds in one call.
             ValueError: an unknown kind, or none.
         """
-        if not kinds or not set(kinds) <= set(_KINDS):
-            raise ValueError(
-                f"kinds are {', '.join(map(repr, kinds)) or 'none'}; draw one or more of {', '.join(_KINDS)}"
-            )
+        for kind in kinds or ("",):
+            if kind not in _KINDS:
+                raise ValueError(f"'{kind}' is no kind of noise; draw one or more of {', '.join(_KINDS)}")
         keys = self.keys(leaves)
         # Within the stream of a leaf the kinds follow one another, each from a fresh block on.
         sizes = [[1 if kind == "coin" else leaf.numel() for kind in kinds] for leaf in leaves.values()]
@@ -87,13 +87,13 @@ class StepKeys:
 
     def __getitem__(self, name: str) -> dict[str, Tensor]:
         if self._keys is None:
-            keys = random.fold_in(random.fold_in_names(self._state.key, self._names), self._state.step)
-            self._keys = random.fold_in_names(keys, self._paths)
+            keys = fold_in(fold_in_names(self._state.key, self._names), self._state.step)
+            self._keys = fold_in_names(keys, self._paths)
         rule = self._names.index(name)
         return {path: self._keys[rule, leaf] for leaf, path in enumerate(self._paths)}
 
 
 def init_keys(state: BioState, name: str, paths: Sequence[str]) -> dict[str, Tensor]:
     """Keys of a rule's init, by path."""
-    keys = random.fold_in_names(random.fold_in(random.fold_in(state.key, name), "init"), paths)
+    keys = fold_in_names(fold_in(fold_in(state.key, name), "init"), paths)
     return {path: keys[leaf] for leaf, path in enumerate(paths)}

@@ -46,7 +46,8 @@ def rejuvenate_weights(
         params: tree of parameters.
         grads: tree like params.
         state: made with this rule if other rules of it keep counts; re-drawn synapses start anew in it.
-        dre: M over the standard deviation of the threshold, > 0; larger: fewer die; inf turns the rule off.
+        dre: a synapse dies if |w| is below a draw of standard deviation M / dre, > 0; larger: fewer die; inf turns
+            the rule off. At 8, 10 % of uniform and some 30 % of normal weights die per call.
         rate: expected share of a leaf's synapses that die per call, in [0, 1); replaces dre. The share n rate is
             rounded up or down at random, and the synapses with the smallest |w| / |z|, z ~ N(0, 1), die: the same
             preference as with dre, whatever the distribution of weights. 0 turns the rule off. Sorts the leaf.

@@ -18,9 +18,10 @@ from biofunc.compare import Comparison
 COLOURS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 THRESHOLD = 0.9
 RESAMPLES = 9999
-SPLITTING_NOTE = (
-    "With the identity activation, this network with its hidden layer split is exactly one with half as many hidden "
-    "neurons\nand twice the learning rate; no arm controls for that."
+NOTE = (
+    "seconds: an arm's share of the time of the arms that run together with it, compilation included.\n"
+    "weight_splitting: with the identity activation, this network is exactly one with half as many hidden neurons and\n"
+    "twice the learning rate; no arm controls for that."
 )
 
 

@@ -15,7 +15,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from biofunc import random, trees
+from biofunc import trees
+from biofunc.keys import fold_in
 from biofunc.noise import StepKeys
 from biofunc.selection import Selection, select_paths
 from biofunc.state import BioState
@@ -46,8 +47,13 @@ class Interval:
     @classmethod
     def parse(cls, text: str, *, optional: bool = False) -> "Interval":
         """From interval notation, "[0, 1)"."""
-        low, high = text[1:-1].split(",")
-        return cls(text, float(low), float(high), optional)
+        try:
+            low, high = [float(bound) for bound in text[1:-1].split(",")]
+        except ValueError:
+            low, high = 0.0, 0.0
+        if text[:1] not in ("[", "(") or text[-1:] not in ("]", ")") or not low < high:
+            raise ValueError(f"range '{text}' is not in interval notation; write '[0, 1)'")
+        return cls(text, low, high, optional)
 
     def __contains__(self, value: float) -> bool:
         above = value >= self.low if self.text[0] == "[" else value > self.low
@@ -72,6 +78,7 @@ class Rule:
         redraws: it puts new synapses in the place of old ones.
         writes_rates: it changes `state.plasticity`.
         applies_rates: it multiplies the descent direction by `state.plasticity`.
+        scale_free: an optimizer that divides constant factors of its gradient out again.
         every_leaf: it acts on every leaf, not on synapses alone.
         fresh: fresh value of each entry of its slot, for re-drawn synapses.
         within: selections to which it is restricted.
@@ -89,6 +96,7 @@ class Rule:
     redraws: bool
     writes_rates: bool
     applies_rates: bool
+    scale_free: bool
     every_leaf: bool
     fresh: Mapping[str, float]
     bound: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -122,7 +130,7 @@ class Rule:
             TypeError, ValueError, KeyError: as the message says; nothing is changed then.
         """
         params, grads, state = on_trees([self], params, grads, state, keywords)
-        return params, grads, state.replace(key=random.fold_in(state.key, 0)) if self.draws else state
+        return params, grads, state.replace(key=fold_in(state.key, 0)) if self.draws else state
 
     def acts_on(self, params: Leaves, synapses: Mapping[str, Any]) -> list[str]:
         """Paths of the leaves that the rule sees, in the order of the tree."""
@@ -177,7 +185,7 @@ class Rule:
             if name in self.at_init:
                 raise TypeError(f"{self.name}: {name} acts at init and takes no schedule; give a number or a tensor")
         elif isinstance(value, bool) or not isinstance(value, numbers.Real):
-            expected = "a number or a 0-d tensor" if name in self.at_init else "a number, a 0-d tensor or a schedule"
+            expected = "a number or a 0-d tensor" + ("" if name in self.at_init else ", or a schedule")
             raise TypeError(f"{self.name}: {name} is {value!r}; it must be {expected}")
         elif float(value) not in self.ranges[name]:
             raise ValueError(f"{self.name}: {name} is {value}; it must lie in {self.ranges[name].text}")
@@ -199,10 +207,15 @@ def as_rule(given: Any) -> Rule:
         made: Rule = given.rule
         return made
     shown = getattr(given, "__name__", repr(given))
-    raise TypeError(
-        f"{shown} is not a rule: decorate a function of your own with @bf.rule(phase=…), "
-        "and call what makes rules, bf.adam() or bf.descend(lr)"
-    )
+    if isinstance(given, list | tuple):
+        hint = "hand rules over one by one, bf.chain(*rules)"
+    elif hasattr(given, "rules"):
+        hint = "a chain makes its state with its own init and stands by itself or inside another chain"
+    elif getattr(given, "__module__", "").startswith("biofunc."):
+        hint = f"call it to make one, bf.{shown}(…)"
+    else:
+        hint = "decorate a function of your own with @bf.rule(phase=…)"
+    raise TypeError(f"{shown} is not a rule; {hint}")
 
 
 def named(name: str, rule: Any) -> Rule:

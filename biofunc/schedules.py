@@ -6,6 +6,7 @@ over them with `vmap`. The step is that of a chain; a rule called alone does not
 """
 
 import math
+import numbers
 from collections.abc import Callable, Mapping
 
 import torch
@@ -105,6 +106,8 @@ def piecewise(start: float | Tensor, values: Mapping[int, float | Tensor]) -> Sc
         ValueError: a step is below 1, or a value is not finite.
     """
     for step in values:
+        if isinstance(step, bool) or not isinstance(step, int):
+            raise TypeError(f"values names step {step!r}; steps are integers")
         if step < 1:
             raise ValueError(f"values names step {step}; the value of step 0 is start, named steps begin at 1")
     _check_finite(start=start, **{f"values[{step}]": value for step, value in values.items()})
@@ -122,9 +125,13 @@ def _progress(step: Tensor, steps: int) -> Tensor:
     return (step.to(torch.float64) / steps).clamp(max=1.0)
 
 
-def _check_finite(**numbers: float | Tensor) -> None:
-    for name, number in numbers.items():
-        if not isinstance(number, Tensor) and not math.isfinite(number):
+def _check_finite(**values: float | Tensor) -> None:
+    for name, number in values.items():
+        if isinstance(number, Tensor):
+            continue
+        if isinstance(number, bool) or not isinstance(number, numbers.Real):
+            raise TypeError(f"{name} is {number!r}; it must be a number or a 0-d tensor")
+        if not math.isfinite(number):
             raise ValueError(f"{name} is {number}; it must be finite")
 
 

@@ -28,8 +28,12 @@ def layers(model: nn.Module, *types: type[nn.Module]) -> Callable[[str, Tensor],
         A predicate for `where=`: true for the parameters of two or more dimensions that belong to such a layer.
 
     Raises:
+        TypeError: a type is not a layer class.
         ValueError: the model has no such layer.
     """
+    for kind in types:
+        if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+            raise TypeError(f"types holds {kind!r}; give layer classes, bf.layers(model, torch.nn.Linear)")
     names = {
         f"{prefix}.{name}".lstrip(".")
         for prefix, module in model.named_modules()

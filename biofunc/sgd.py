@@ -8,11 +8,11 @@ from biofunc.trees import Leaves
 __all__ = ["sgd"]
 
 
-def sgd(momentum: Hyperparameter = 0.0, *, nesterov: bool = False, weight_decay: Hyperparameter = 0.0) -> Rule:
+def sgd(*, momentum: Hyperparameter = 0.0, nesterov: bool = False, weight_decay: Hyperparameter = 0.0) -> Rule:
     """Makes the momentum rule: `m <- momentum m + (g + weight_decay w)`, direction m.
 
-    `chain(sgd(0.9), descend(0.1))` computes what `torch.optim.SGD(lr=0.1, momentum=0.9)` does. Without momentum the
-    optimizer is `descend` alone.
+    `chain(sgd(momentum=0.9), descend(0.1))` computes what `torch.optim.SGD(lr=0.1, momentum=0.9)` does; the learning
+    rate is that of `descend`, which alone is SGD without momentum.
 
     Args:
         momentum: share of the last direction that is kept, in [0, 1); 0: none.

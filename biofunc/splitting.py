@@ -67,13 +67,18 @@ def split_synapses(
     Raises:
         ValueError: gamma is below 1 or does not divide a layer's outputs, no layer is left to split, a glob matches
             nothing, or the model is split already.
-        TypeError: gamma is not an integer, or a layer is never called by the module that owns it.
+        TypeError: gamma is not an integer, activation not a function, model not a module, or a layer is never called by
+            the module that owns it.
 
     Source: Hofmann, Becker, Tetzlaff, Mäder 2025, doi 10.1038/s41467-025-60078-9; the biology: Fauth, Wörgötter,
     Tetzlaff 2015, doi 10.1371/journal.pcbi.1004031.
 
     Differs: the number of outputs, not of inputs, must be divisible; the last layer is found at any depth.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__}; split_synapses takes an nn.Module")
+    if activation is not None and (isinstance(activation, type) or not callable(activation)):
+        raise TypeError(f"activation is {activation!r}; give a function of a tensor, torch.relu or torch.nn.ReLU()")
     if isinstance(gamma, bool) or not isinstance(gamma, int):
         raise TypeError(f"gamma is {gamma!r}; the number of contacts is an integer")
     if gamma < 1:

@@ -52,6 +52,8 @@ def register(
 def check_params(params: dict[str, Any]) -> None:
     """Raises a TypeError that names the first leaf which is not a floating-point tensor."""
     for path, leaf in params.items():
+        if not isinstance(leaf, Tensor) and not path:
+            raise TypeError(f"params is {type(leaf).__name__}; give a tree of tensors, dict(model.named_parameters())")
         if not isinstance(leaf, Tensor):
             raise TypeError(
                 f"params leaf '{path}' is {type(leaf).__name__}; each leaf must be a floating-point tensor, "

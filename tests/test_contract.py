@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import assert_same, leaves, mlp
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.func import grad
+from torch.func import functional_call, grad
 
 import biofunc as bf
 
@@ -18,7 +18,7 @@ def test_optimizers_and_rates_may_divide_the_leaves_among_them():
     params, grads = mlp()
     learn = bf.chain(
         bf.where("*weight", bf.adam()),
-        bf.where("*bias", bf.sgd(0.5)),
+        bf.where("*bias", bf.sgd(momentum=0.5)),
         bf.where("fc1*", partial(bf.fuzzy_learning_rates, nu=0.3)),
         bf.where("*weight", bf.descend(0.1)),
         bf.where("*bias", bf.named("descend biases", bf.descend(0.2))),
@@ -70,7 +70,7 @@ def test_keys_of_an_ensemble_need_vmap():
 def test_grads_may_come_in_a_container_of_another_order():
     params, grads = mlp()
     ordered = collections.OrderedDict(reversed(list(grads.items())))
-    learn = bf.chain(bf.sgd(0.5))
+    learn = bf.chain(bf.sgd(momentum=0.5))
     _, from_dict, _ = learn(params, grads, learn.init(params, bf.random.key(0)))
     _, from_ordered, _ = learn(params, ordered, learn.init(params, bf.random.key(0)))
     assert list(from_ordered) == list(ordered)
@@ -80,7 +80,7 @@ def test_grads_may_come_in_a_container_of_another_order():
 def test_the_model_in_place_of_its_parameters_is_refused():
     with torch.device("meta"):
         model = torch.nn.Linear(2, 2)
-    with pytest.raises(TypeError, match="params leaf '' is Linear"):
+    with pytest.raises(TypeError, match=r"params is Linear; give a tree of tensors, dict\(model"):
         bf.init(model, bf.random.key(0))
 
 
@@ -91,6 +91,19 @@ def test_a_module_parameter_and_its_gradient_enter_by_value():
     learn = bf.chain(bf.descend(0.1))
     new, _, _ = learn({"w": weight}, {"w": gradient}, learn.init({"w": weight}, bf.random.key(0)))
     assert not new["w"].requires_grad
+
+
+def test_a_run_that_starts_from_module_parameters_drags_no_graph_behind_it():
+    with torch.random.fork_rng():
+        model = torch.nn.Linear(3, 2)
+    x = torch.ones(4, 3)
+    learn = bf.chain(bf.crystallize, bf.adam(), bf.fuzzy_learning_rates, bf.descend(0.1))
+    params = dict(model.named_parameters())
+    state = learn.init(params, bf.random.key(0))
+    for _ in range(3):
+        grads = grad(lambda p: functional_call(model, p, (x,)).square().sum())(params)
+        params, directions, state = learn(params, grads, state)
+    assert all(leaf.grad_fn is None for leaf in leaves((params, directions, state)).values())
 
 
 def test_a_sweep_from_init_on_compiles_once_and_entries_share_no_memory():
@@ -142,6 +155,73 @@ def test_a_phase_a_choice_and_a_result_are_checked():
         bf.init(params, bf.random.key(0), short)
 
 
+def test_what_a_rule_of_ones_own_gets_wrong_is_named():
+    params, grads = mlp()
+
+    @bf.rule(phase="weights")
+    def two(params, grads, state):
+        return params, grads
+
+    @bf.rule(phase="weights", memory={"trace": 0.0})
+    def misspelt(params, grads, state, *, name):
+        return params, grads, state.with_slot(name, trce=params)
+
+    @bf.rule(phase="weights", memory={"trace": 0.0})
+    def shrunk(params, grads, state, *, name):
+        return params, grads, state.with_slot(name, trace={path: w.sum() for path, w in params.items()})
+
+    state = bf.init(params, bf.random.key(0), two, misspelt, shrunk)
+    for rule, message in (
+        (two, r"two must return \(params, grads, state\)"),
+        (misspelt, "misspelt kept an entry 'trce' that it did not have at init"),
+        (shrunk, r"shrunk kept 'trace' of 'fc1.weight' in another shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            rule(params, grads, state)
+    with pytest.raises(TypeError, match=r"write @bf.rule\(phase=…\)"):
+        bf.rule(lambda params, grads, state: (params, grads, state))
+    for text in ("0..1", "[1, 0]", "0, 1", "[a, b]"):
+        with pytest.raises(ValueError, match="is not in interval notation; write"):
+
+            @bf.rule(phase="weights", ranges={"rate": text})
+            def ranged(params, grads, state, *, rate=0.5):
+                return params, grads, state
+
+    with pytest.raises(ValueError, match=r"outside: the default rate=2.0 lies outside \[0, 1\]"):
+
+        @bf.rule(phase="weights", ranges={"rate": "[0, 1]"})
+        def outside(params, grads, state, *, rate=2.0):
+            return params, grads, state
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: bf.chain([bf.adam()]), TypeError, r"is not a rule; hand rules over one by one, bf.chain\(\*rules\)"),
+        (
+            lambda: bf.every(4, bf.chain(bf.adam())),
+            TypeError,
+            "a chain makes its state with its own init",
+        ),
+        (lambda: bf.chain(bf.adam), TypeError, r"adam is not a rule; call it to make one, bf.adam\(…\)"),
+        (lambda: bf.fuzzy_learning_rates(nu=0.1), TypeError, r"functools.partial\(bf.fuzzy_learning_rates, …\) binds"),
+        (lambda: bf.every(4, bf.adam()), ValueError, "would hand raw gradients on in between"),
+        (lambda: bf.chain(bf.fuzzy_learning_rates, bf.adam()), ValueError, "move fuzzy_learning_rates behind adam"),
+        (lambda: bf.layers(torch.nn.Identity(), "Linear"), TypeError, "types holds 'Linear'; give layer classes"),
+        (lambda: bf.split_synapses({}), TypeError, "model is dict; split_synapses takes an nn.Module"),
+        (lambda: bf.split_synapses(torch.nn.Identity(), activation=torch.nn.ReLU), TypeError, "activation is .*ReLU"),
+        (lambda: bf.ensemble.init(torch.nn.Identity(), [0]), TypeError, "make_model is Identity; give a function"),
+        (lambda: bf.ensemble.init(torch.nn.Identity, 5), TypeError, "seeds is 5; give one integer per member"),
+        (lambda: bf.schedules.piecewise(1.0, {1.5: 0.1}), TypeError, r"values names step 1.5; steps are integers"),
+        (lambda: bf.schedules.cosine("a", 0.0, 10), TypeError, "start is 'a'; it must be a number or a 0-d tensor"),
+        (lambda: bf.schedules.linear(0.1, float("nan"), 10), ValueError, "stop is nan; it must be finite"),
+    ],
+)
+def test_a_misused_function_says_what_would_be_right(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
 def test_a_keyword_of_init_reaches_the_rule_as_well():
     seen = []
 
@@ -164,7 +244,7 @@ def test_a_rule_that_is_skipped_derives_no_keys(monkeypatch):
     params, grads = mlp()
     learn = bf.chain(bf.descend(0.1), bf.every(10, bf.rejuvenate_weights))
     state = learn.init(params, bf.random.key(0))
-    monkeypatch.setattr(bf.random, "fold_in_names", None)
+    monkeypatch.setattr(bf.noise, "fold_in_names", None)
     learn(params, grads, state)
     with pytest.raises(TypeError):
         learn(params, grads, state.replace(step=state.step + 9))

@@ -88,7 +88,7 @@ def test_sgd_is_that_of_torch(momentum, nesterov, weight_decay):
 
 
 def test_descend_alone_is_sgd_without_momentum():
-    rule = bf.sgd(0.0)
+    rule = bf.sgd(momentum=0.0)
     bare = bf.chain(bf.descend(0.1))
     params = params_of()
     with_rule = bf.chain(rule, bf.descend(0.1))
@@ -185,7 +185,7 @@ def redraw(params, grads, state, *, active: bool = True):
 OPTIMIZERS = {
     "adam": bf.adam(weight_decay=0.01),
     "adamw": bf.adamw(weight_decay=0.01),
-    "sgd": bf.sgd(0.9, nesterov=True, weight_decay=0.01),
+    "sgd": bf.sgd(momentum=0.9, nesterov=True, weight_decay=0.01),
 }
 each_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from scipy import special, stats
 
 from biofunc import BioState, philox, random
+from biofunc.keys import fold_in_names, hash_name
 from biofunc.noise import Noise, StepKeys, init_keys
 
 SIZES = [1, 5, 7, 1000, 1001, 4099]  # most of them end inside a block, where tails go wrong
@@ -182,7 +183,7 @@ def test_key_split_fold_in_and_uniform_give_the_bits_of_torch():
     ("name", "digest"), [("", 0xCBF29CE484222325), ("a", 0xAF63DC4C8601EC8C), ("foobar", 0x85944171F73967E8)]
 )
 def test_names_are_hashed_by_fnv_1a(name, digest):
-    assert random.hash_name(name) == digest
+    assert hash_name(name) == digest
 
 
 # The oracle's answers
@@ -254,14 +255,14 @@ def test_a_name_meets_no_integer(pair, name, data):
     key = key_of(pair)
     named = random.fold_in(key, name)
     assert not torch.equal(named, random.fold_in(key, data))
-    assert not torch.equal(named, random.fold_in(key, random.hash_name(name)))
+    assert not torch.equal(named, random.fold_in(key, hash_name(name)))
     assert not torch.equal(random.fold_in(key, str(data)), random.fold_in(key, data))
 
 
 @given(pair=pairs, names=st.lists(st.text(), min_size=1, max_size=4))
 def test_fold_in_of_many_names_is_that_of_each(pair, names):
     key = key_of(pair)
-    assert torch.equal(random.fold_in_names(key, names), torch.stack([random.fold_in(key, name) for name in names]))
+    assert torch.equal(fold_in_names(key, names), torch.stack([random.fold_in(key, name) for name in names]))
 
 
 @given(pair=pairs, count=st.integers(1, 21))
@@ -327,7 +328,7 @@ def test_batched_keys_derive_what_each_derives(batch, num, data, name):
     assert torch.equal(children, torch.stack([random.split(key, num) for key in keys], dim=1))
     for datum in (data, name, torch.tensor(signed(data))):
         assert torch.equal(random.fold_in(keys, datum), in_a_loop(random.fold_in, keys, datum))
-    assert torch.equal(random.fold_in_names(keys, [name, "b"]), in_a_loop(random.fold_in_names, keys, [name, "b"]))
+    assert torch.equal(fold_in_names(keys, [name, "b"]), in_a_loop(fold_in_names, keys, [name, "b"]))
 
 
 def test_fold_in_pairs_keys_with_the_elements_of_a_tensor():
@@ -474,8 +475,8 @@ def test_vmap_derives_the_keys_of_a_loop():
     assert torch.equal(torch.vmap(random.fold_in)(keys, steps), folded)
     assert torch.equal(torch.vmap(random.split)(keys), in_a_loop(random.split, keys))
     names = ["a", "b"]
-    by_name = torch.vmap(lambda key: random.fold_in_names(key, names))(keys)
-    assert torch.equal(by_name, in_a_loop(random.fold_in_names, keys, names))
+    by_name = torch.vmap(lambda key: fold_in_names(key, names))(keys)
+    assert torch.equal(by_name, in_a_loop(fold_in_names, keys, names))
 
 
 @pytest.mark.parametrize("draw", DRAWS)
@@ -759,7 +760,7 @@ FAMILIES = {
     "first children of neighbouring seeds": lambda: random.split(random.key(torch.arange(8)))[0],
     "generations": _generations,
     "steps": lambda: random.fold_in(random.key(42), torch.arange(10**6, 10**6 + 8)),
-    "names": lambda: random.fold_in_names(random.key(42), ["a", "b", "aa", "ab", "fc1.weight", "fc1.bias", "", "1"]),
+    "names": lambda: fold_in_names(random.key(42), ["a", "b", "aa", "ab", "fc1.weight", "fc1.bias", "", "1"]),
     "names and integers": lambda: torch.stack([random.fold_in(random.key(42), d) for d in (0, "0", 1, "1", 2, "2")]),
     "rules, steps and leaves": _leaf_family,
 }
@@ -895,3 +896,65 @@ def test_signs_need_a_dtype_that_holds_minus_one(dtype):
 def test_the_number_of_keys_is_an_integer(num):
     with pytest.raises(TypeError, match="num is"):
         random.split(random.key(0), num)
+
+
+# --- gamma and beta ---
+
+
+@pytest.mark.parametrize("concentration", [0.05, 0.5, 1.0, 1.5, 6.25, 100.0, 1e4])
+def test_gammas_follow_their_law(concentration):
+    """10^6 draws on a fixed key; p > 1e-4, and mean and variance within 5 standard errors."""
+    draws = random.gamma(random.key(3), concentration, (10**6,), dtype=torch.float64)
+    assert stats.kstest(draws.numpy(), stats.gamma(concentration).cdf).pvalue > 1e-4
+    assert abs(draws.mean() - concentration) < 5 * (concentration / 1e6) ** 0.5
+    fourth = 3 * concentration**2 + 6 * concentration  # central moment
+    assert abs(draws.var() - concentration) < 5 * ((fourth - concentration**2) / 1e6) ** 0.5
+
+
+@pytest.mark.parametrize(("a", "b"), [(0.5, 2.0), (6.25, 6.25), (1.0, 1.0), (2.0, 30.0)])
+def test_betas_follow_their_law(a, b):
+    draws = random.beta(random.key(4), a, b, (10**6,), dtype=torch.float64)
+    assert stats.kstest(draws.numpy(), stats.beta(a, b).cdf).pvalue > 1e-4
+
+
+def test_betas_of_tiny_concentrations_are_numbers():
+    draws = random.beta(random.key(5), 1e-3, 1e-3, (10**4,), dtype=torch.float64)
+    assert ((draws >= 0) & (draws <= 1)).all()
+    assert abs(draws.mean() - 0.5) < 5 * 0.5 / 100
+
+
+def test_gamma_and_beta_are_the_same_in_a_loop_under_vmap_and_in_other_dtypes():
+    keys, concentrations = random.split(random.key(0), 3), torch.tensor([0.5, 1.0, 7.0])
+    for draw in (lambda k, c: random.gamma(k, c, (5,)), lambda k, c: random.beta(k, c, 2.0, (5,))):
+        looped = torch.stack([draw(k, c) for k, c in zip(keys, concentrations, strict=True)])
+        assert torch.equal(torch.vmap(draw)(keys, concentrations), looped)
+    single, double = [random.gamma(keys[0], 2.0, (100,), dtype=dtype) for dtype in (torch.float32, torch.float64)]
+    assert torch.equal(single, double.float())
+    assert random.gamma(keys[0], concentrations).shape == random.beta(keys[0], concentrations, 1.0).shape == (3,)
+
+
+def test_a_gamma_round_rejects_less_than_a_twentieth():
+    """0.049^7 < 1e-9 is the chance that all rounds fail; the first round is the only one that this allows to see."""
+    count = 10**6
+    for concentration in (1.0, 1.3, 3.0, 100.0):
+        words = philox.words(random.split(random.key(1), 8)[0], 2 * count)
+        x, d = philox.to_normal(words[:count]).double(), concentration - 1 / 3
+        v = (1 + x / (9 * d) ** 0.5) ** 3
+        log_u = ((words[count:].double() + 0.5) / 2**32).log()
+        accepted = (v > 0) & (log_u < x * x / 2 + d * (1 - v + v.clamp(min=1e-300).log()))
+        assert 1 - accepted.double().mean() < 0.049
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda k: random.gamma(k, 0.0), ValueError, r"concentration is 0.0; a concentration is positive"),
+        (lambda k: random.beta(k, 1.0, -2.0), ValueError, r"b is -2.0; a concentration is positive"),
+        (lambda k: random.beta(k, float("nan"), 1.0), ValueError, r"a is nan; a concentration is positive"),
+        (lambda k: random.gamma(k, 1.0, dtype=torch.int64), TypeError, "draw floating dtypes"),
+        (lambda k: random.gamma(3, 1.0), TypeError, "key is 3; a key is int64"),
+    ],
+)
+def test_gamma_and_beta_refuse(call, error, message):
+    with pytest.raises(error, match=message):
+        call(random.key(0))

@@ -420,7 +420,7 @@ def test_a_rule_restricted_to_leaves_that_the_chain_leaves_out_is_refused_at_ini
 
 def test_descend_and_optimizers_may_be_restricted_to_any_leaves():
     params = flat()
-    learn = bf.chain(bf.where("*.bias", bf.sgd(0.9)), bf.where("*.bias", bf.descend(0.5)))
+    learn = bf.chain(bf.where("*.bias", bf.sgd(momentum=0.9)), bf.where("*.bias", bf.descend(0.5)))
     _, new_params, _, state = applied(learn, params)
     assert set(state.slots["sgd"]["momentum"]) == {"conv.bias", "fc1.bias"}
     for path, leaf in params.items():
