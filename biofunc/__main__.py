@@ -85,7 +85,7 @@ def _compare(options: argparse.Namespace) -> int:
     with _progress_bar(groups * config.steps) as bar:
 
         def advance(doing: str, steps: int) -> None:
-            bar.set_description(doing)
+            bar.set_description(doing, refresh=steps == 0)
             bar.update(steps)
 
         comparison = compare.compare(config, data, advance)
