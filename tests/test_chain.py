@@ -253,6 +253,31 @@ def test_every_selects_alike_in_a_loop_under_vmap_and_compiled():
 # The whole chain inside torch's transforms
 
 
+@pytest.mark.parametrize("size", [1, 3, 50])
+def test_draws_inside_a_chain_are_those_of_the_key_in_a_loop_under_vmap_and_compiled(size):
+    """By inductor, bit for bit; also next to another rule that draws, and at a step beyond the first."""
+
+    @bf.rule(phase="weights")
+    def reveal(params, grads, state, *, noise):
+        return noise.draw(params, "uniform")[0], grads, state
+
+    params = {"a": torch.zeros(size, 7, 5), "b": torch.zeros(size, 3, 1)}
+    keys = bf.random.key(torch.arange(size) + 10**10)
+    learn = bf.chain(bf.volume_dependent_lr, reveal)
+    states = torch.vmap(learn.init)(params, keys)
+    states = states.replace(step=states.step + 2**33)
+    torch._dynamo.reset()
+    vmapped = torch.vmap(learn)(params, params, states)[0]
+    compiled = torch.compile(torch.vmap(learn), fullgraph=True)(params, params, states)[0]
+    looped = bf.ensemble.stack([learn(p, p, s)[0] for p, s in bf.ensemble.unstack((params, states))])
+    step_keys = bf.random.fold_in(bf.random.fold_in(keys, "reveal"), states.step)
+    direct = {
+        path: bf.random.uniform(bf.random.fold_in(step_keys, path), leaf.shape[1:]) for path, leaf in params.items()
+    }
+    for result in (vmapped, compiled, looped):
+        assert_same(result, direct)
+
+
 def test_full_chain_compiles_once_over_200_steps_of_schedule_and_step():
     """Inductor, five mechanisms and Adam, ensemble of 3: one compilation, equal to eager."""
     torch._dynamo.reset()
