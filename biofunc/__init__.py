@@ -4,7 +4,7 @@ Pure functions `rule(params, grads, state) -> (params, grads, state)` that make 
 with `functional_call`, `grad`, `vmap` and `torch.compile`.
 """
 
-from biofunc import ensemble, random, schedules
+from biofunc import distributions, ensemble, random, schedules
 from biofunc.adam import adam, adamw
 from biofunc.chain import Chain, chain, init
 from biofunc.crystallize import crystallize
@@ -12,12 +12,15 @@ from biofunc.decorator import rule
 from biofunc.descend import descend
 from biofunc.every import every
 from biofunc.fuzzy import fuzzy_learning_rates
+from biofunc.lognormal import rejuvenate_weights_lognormal
+from biofunc.penalties import l1_penalty
 from biofunc.rejuvenate import rejuvenate_weights
 from biofunc.rule import Hyperparameter, Rule, named
 from biofunc.selection import layers
 from biofunc.sgd import sgd
 from biofunc.splitting import split_synapses
 from biofunc.state import BioState
+from biofunc.temporal import temporal_learning_rates
 from biofunc.volume import volume_dependent_lr
 from biofunc.where import where
 
@@ -33,18 +36,22 @@ __all__ = [
     "chain",
     "crystallize",
     "descend",
+    "distributions",
     "ensemble",
     "every",
     "fuzzy_learning_rates",
     "init",
+    "l1_penalty",
     "layers",
     "named",
     "random",
     "rejuvenate_weights",
+    "rejuvenate_weights_lognormal",
     "rule",
     "schedules",
     "sgd",
     "split_synapses",
+    "temporal_learning_rates",
     "volume_dependent_lr",
     "where",
 ]

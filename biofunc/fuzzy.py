@@ -9,28 +9,16 @@ The factor belongs on the update. In front of Adam a constant factor cancels in 
 makes no difference which side of the optimizer it stands on.
 """
 
-from collections.abc import Callable
-
 from torch import Tensor
 
-from biofunc import random
+from biofunc import distributions
 from biofunc.decorator import rule
+from biofunc.distributions import Distribution
 from biofunc.noise import Noise
 from biofunc.state import BioState
 from biofunc.trees import Leaves
 
 __all__ = ["fuzzy_learning_rates"]
-
-Distribution = Callable[[Tensor, Tensor, float | Tensor], Tensor]
-"""`(key, weight, nu) -> rates` shaped like the weight, with mean 1."""
-
-
-def uniform_rates(key: Tensor, weight: Tensor, nu: float | Tensor) -> Tensor:
-    """Rates uniform in (1 - nu, 1 + nu): mean 1, standard deviation nu / sqrt(3)."""
-    return 1 + nu * (2 * random.uniform(key, weight.shape).to(weight.dtype) - 1)
-
-
-DISTRIBUTIONS: dict[str, Distribution] = {"uniform": uniform_rates}
 
 
 def _draw_rates(
@@ -47,17 +35,18 @@ def _draw_rates(
     if not isinstance(rate_min, Tensor) and not isinstance(rate_max, Tensor) and rate_min > rate_max:
         raise ValueError(f"{name}: rate_min is {rate_min} and rate_max {rate_max}; rate_min must not exceed rate_max")
     if isinstance(distribution, str):
-        if distribution not in DISTRIBUTIONS:
+        if distribution not in distributions.NAMED:
             raise ValueError(
-                f"{name}: distribution is '{distribution}'; it must be one of {', '.join(DISTRIBUTIONS)}, "
-                "or a function (key, weight, nu) -> rates"
+                f"{name}: distribution is '{distribution}'; it must be one of {', '.join(distributions.NAMED)}, "
+                "or a function (key, weight, nu, path) -> rates, such as bf.distributions.layer_adaptive(paths)"
             )
-        distribution = DISTRIBUTIONS[distribution]
+        distribution = distributions.NAMED[distribution]
     if not isinstance(nu, Tensor) and nu == 0:
         return state
     keys = noise.keys(params)
     rates = {
-        path: distribution(keys[path], w, nu).clamp(min=rate_min).clamp(max=rate_max) for path, w in params.items()
+        path: distribution(keys[path], w, nu, path).clamp(min=rate_min).clamp(max=rate_max)
+        for path, w in params.items()
     }
     for path, rate in rates.items():
         if rate.shape != params[path].shape:
@@ -93,10 +82,11 @@ def fuzzy_learning_rates(
         params: tree of parameters.
         grads: tree of descent directions, like params.
         state: made with this rule; its `plasticity` is applied.
-        nu: half-width of the distribution of rates, in [0, 1); 0 draws none and applies the rates of other rules.
-        distribution: "uniform", or a function `(key, weight, nu) -> rates` with mean 1.
-        rate_min: smallest rate, in [0, 1]; with the uniform distribution it binds, and lifts the mean, from
-            nu = 1 - rate_min on.
+        nu: spread of the distribution of rates, in [0, 1); 0 draws none and applies the rates of other rules.
+        distribution: "baseline", "uniform", "normal", "lognormal", "gamma", "beta", "weight_adaptive", or a function
+            `(key, weight, nu, path) -> rates` with mean 1; see `biofunc.distributions`.
+        rate_min: smallest rate, in [0, 1]; where it binds it lifts the mean: for the uniform distribution from
+            nu = 1 - rate_min on, for the normal one to 1.037 at nu = 0.5.
         rate_max: largest rate, at least 1.
 
     Returns:
@@ -109,10 +99,11 @@ def fuzzy_learning_rates(
 
     Phase: direction; behind the optimizer, since Adam cancels constant factors on its gradient.
 
-    Noise: at init, one uniform per synapse.
+    Noise: at init, what the distribution draws.
 
     Source: Hofmann, Becker, Tetzlaff, Mäder 2025, doi 10.1038/s41467-025-60078-9, as in pytorch_bio_transformations.
 
-    Differs: the factor may act on the update; nu below 1 keeps all rates positive.
+    Differs: the factor may act on the update; all distributions have mean 1 (the original's gamma has 2, clamped to
+    1.84); gamma has standard deviation nu instead of sqrt(nu); adaptive distributions are drawn at init.
     """
     return params, {path: g * state.plasticity[path] for path, g in grads.items()}, state

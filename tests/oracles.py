@@ -81,6 +81,37 @@ def rejuvenate_weights(w, g, memory, draws, dre=8.0, rate=None, selection="small
     return weights, g, {**memory, "rate": rates}
 
 
+def rejuvenate_weights_lognormal(w, g, memory, draws, dre=8.0, spread=1.0):
+    death, z = draws(len(w), "uniform", "normal")
+    size = [abs(x) for x in w]
+    mean, center = _mean(size), _mean(w)
+    deviation = math.sqrt(_mean([(x - center) ** 2 for x in w]))
+    weights, rates = list(w), list(memory["rate"])
+    innate = [1.0] * len(w) if memory["innate"] is None else memory["innate"]
+    if deviation > 0:
+        sigma = spread * math.sqrt(math.log1p(_mean([(x - mean) ** 2 for x in size]) / mean**2))
+        for i in range(len(w)):
+            if death[i] < math.exp(-dre * size[i] / deviation):
+                sign = math.copysign(1, w[i]) if w[i] else (-1 if z[i] < 0 else 1)
+                weights[i] = sign * mean * math.exp(sigma * z[i] - sigma**2 / 2)
+                rates[i] = rates[i] if memory["rate_is_shared"] else innate[i]
+    return weights, g, {**memory, "rate": rates}
+
+
+def temporal_learning_rates(
+    w, g, memory, draws, nu=0.16, decay=0.9995, renewal=0.1, renewal_period=10.0, rate_min=0.5, rate_max=2.0
+):
+    (u,) = draws(len(w), "uniform")
+    t = memory["calls"][0] + 1
+    rates = []
+    for i in range(len(w)):
+        rate = 1 + (memory["innate"][i] - 1) * decay
+        if t % renewal_period == 0:
+            rate += renewal * nu * (2 * u[i] - 1)
+        rates.append(memory["rate"][i] * min(max(rate, rate_min), rate_max) / memory["innate"][i])
+    return w, g, {**memory, "rate": rates}
+
+
 def sgd(w, g, memory, draws, momentum=0.0, nesterov=False, weight_decay=0.0):
     decayed = [g[i] + weight_decay * w[i] for i in range(len(w))]
     velocity = [momentum * memory["momentum"][i] + decayed[i] for i in range(len(w))]

@@ -80,6 +80,24 @@ TABLE = {
             reduces=True,
         ),
         Row(
+            "rejuvenate_weights_lognormal",
+            _mechanism(bf.rejuvenate_weights_lognormal),
+            ({}, {"dre": 1.0, "spread": 0.5}),
+            {"dre": math.inf},
+            ("dre", "spread"),
+            oracles.rejuvenate_weights_lognormal,
+            reduces=True,
+        ),
+        Row(
+            "temporal_learning_rates",
+            _mechanism(bf.temporal_learning_rates),
+            ({}, {"nu": 0.5, "decay": 0.7, "renewal": 0.9, "renewal_period": 2.0, "rate_min": 0.7, "rate_max": 1.2}),
+            {"nu": 0.0},
+            ("decay", "renewal", "rate_min"),
+            oracles.temporal_learning_rates,
+            smooth=("decay", "renewal"),
+        ),
+        Row(
             "sgd",
             bf.sgd,
             ({}, {"momentum": 0.9, "weight_decay": 0.1}, {"momentum": 0.5, "nesterov": True}),
@@ -118,7 +136,7 @@ TABLE = {
     ]
 }
 
-NOT_RULES = {"chain", "every", "init", "layers", "named", "rule", "split_synapses", "where"}
+NOT_RULES = {"chain", "every", "init", "l1_penalty", "layers", "named", "rule", "split_synapses", "where"}
 """Exported functions that compose, select or make models."""
 
 CASES = [(row, settings) for row in TABLE.values() for settings in row.settings]

@@ -168,9 +168,11 @@ def test_rate_bounds_must_not_cross_and_distributions_are_named_or_functions():
     make = functools.partial(partial, bf.fuzzy_learning_rates)
     with pytest.raises(ValueError, match=r"rate_max is 0\.9; it must lie in \[1, inf\]"):
         bf.init(params, bf.random.key(0), make(rate_max=0.9))
-    with pytest.raises(ValueError, match="'cauchy'; it must be one of uniform"):
+    with pytest.raises(ValueError, match="'cauchy'; it must be one of baseline, uniform"):
         bf.init(params, bf.random.key(0), make(distribution="cauchy"))
-    twos = bf.init(params, bf.random.key(0), make(distribution=lambda key, weight, nu: torch.full_like(weight, 1.25)))
+    twos = bf.init(
+        params, bf.random.key(0), make(distribution=lambda key, weight, nu, path: torch.full_like(weight, 1.25))
+    )
     assert (twos.plasticity["fc1.weight"] == 1.25).all()
 
 

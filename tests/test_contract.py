@@ -150,7 +150,7 @@ def test_a_phase_a_choice_and_a_result_are_checked():
         shapeless(params, grads, state)
     with pytest.raises(ValueError, match=r"forgetful returned grads without 'fc1.weight'"):
         forgetful(params, grads, state)
-    short = partial(bf.fuzzy_learning_rates, distribution=lambda key, weight, nu: torch.ones(7))
+    short = partial(bf.fuzzy_learning_rates, distribution=lambda key, weight, nu, path: torch.ones(7))
     with pytest.raises(ValueError, match=r"distribution gave rates of shape \(7,\) for 'fc1.weight'"):
         bf.init(params, bf.random.key(0), short)
 
