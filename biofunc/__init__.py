@@ -5,6 +5,7 @@ with `functional_call`, `grad`, `vmap` and `torch.compile`.
 """
 
 from biofunc import distributions, ensemble, random, schedules
+from biofunc.activity_rates import activity_dependent_rates
 from biofunc.adam import adam, adamw
 from biofunc.chain import Chain, chain, init
 from biofunc.crystallize import crystallize
@@ -31,6 +32,7 @@ __all__ = [
     "Chain",
     "Hyperparameter",
     "Rule",
+    "activity_dependent_rates",
     "adam",
     "adamw",
     "chain",

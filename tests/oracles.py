@@ -112,6 +112,21 @@ def temporal_learning_rates(
     return w, g, {**memory, "rate": rates}
 
 
+def activity_dependent_rates(w, g, memory, draws, nu=0.16, gain=0.1, rate_min=0.5, rate_max=2.0):
+    (u,) = draws(len(w), "uniform")
+    neurons = memory["shape"][0]
+    inputs = len(w) // neurons if neurons else 0
+    activity = [sum(abs(x) for x in w[i * inputs : (i + 1) * inputs]) for i in range(neurons)]
+    mean = _mean(activity)
+    rates = []
+    for i in range(len(w)):
+        relative = activity[i // inputs] / mean if mean > 0 else 1.0
+        width = nu * (2 - min(max(1 + gain * (relative - 1), 0.8), 1.2))
+        rate = min(max(1 + width * (2 * u[i] - 1), rate_min), rate_max)
+        rates.append(memory["rate"][i] * rate / memory["innate"][i])
+    return w, g, {**memory, "rate": rates}
+
+
 def sgd(w, g, memory, draws, momentum=0.0, nesterov=False, weight_decay=0.0):
     decayed = [g[i] + weight_decay * w[i] for i in range(len(w))]
     velocity = [momentum * memory["momentum"][i] + decayed[i] for i in range(len(w))]

@@ -35,6 +35,21 @@ def _mechanism(function: Any) -> Callable[..., Rule]:
     return lambda **keywords: as_rule(function).bind(**keywords)
 
 
+def _driven(function: Any) -> Callable[..., Rule]:
+    """A rule that is handed activity: here the summed size of a neuron's weights, so that every tree has one."""
+
+    def make(**keywords: Any) -> Rule:
+        inner = as_rule(function).bind(**keywords)
+
+        def transform(rule, params, grads, state, given):
+            activity = {path: w.abs().flatten(1).sum(1) for path, w in params.items() if w.dim() >= 2}
+            return inner.transform(rule, params, grads, state, {**given, "activity": activity})
+
+        return dataclasses.replace(inner, transform=transform)
+
+    return make
+
+
 TABLE = {
     row.given: row
     for row in [
@@ -96,6 +111,16 @@ TABLE = {
             ("decay", "renewal", "rate_min"),
             oracles.temporal_learning_rates,
             smooth=("decay", "renewal"),
+        ),
+        Row(
+            "activity_dependent_rates",
+            _driven(bf.activity_dependent_rates),
+            ({}, {"nu": 0.5, "gain": 0.9, "rate_min": 0.7, "rate_max": 1.2}),
+            {"nu": 0.0},
+            ("nu", "gain", "rate_min"),
+            oracles.activity_dependent_rates,
+            reduces=True,
+            smooth=("nu", "gain"),
         ),
         Row(
             "sgd",

@@ -177,3 +177,29 @@ def test_new_synapses_have_the_sign_of_the_old_and_sizes_of_the_leaf():
     assert stats.kstest(fresh.log().numpy(), "norm", (fresh.log().mean(), fresh.log().std())).pvalue > 1e-4
     same, _, _ = bf.rejuvenate_weights_lognormal(w, w, state, dre=2.0, spread=0.0)
     torch.testing.assert_close(same["w"][same["w"] != w["w"]].abs(), size.mean().expand(int(died.sum())))
+
+
+# Rates that follow activity
+
+
+def test_quiet_neurons_have_rates_that_differ_more():
+    w = {"w": torch.ones(4, 10**5)}
+    activity = {"w": torch.tensor([0.0, 1.0, 1.0, 8.0])}
+    rule = bf.activity_dependent_rates
+    learn = bf.chain(rule, partial(bf.fuzzy_learning_rates, nu=0))
+    _, _, state = learn(w, w, learn.init(w, bf.random.key(0)), activity=activity, nu=0.3, gain=1.0)
+    reach = (state.plasticity["w"] - 1).abs().amax(1)
+    torch.testing.assert_close(reach, 0.3 * torch.tensor([1.2, 1.2, 1.2, 0.8]), rtol=1e-3, atol=0)
+    assert abs(state.plasticity["w"].mean() - 1) < 5 * 0.2 / math.sqrt(4e5)
+
+
+def test_missing_or_misshapen_activity_is_named():
+    params, grads = mlp()
+    state = bf.init(params, bf.random.key(0), bf.activity_dependent_rates)
+    with pytest.raises(TypeError, match="activity is missing; hand it over"):
+        bf.activity_dependent_rates(params, grads, state)
+    with pytest.raises(KeyError, match=r"activity has no 'fc2.weight'"):
+        bf.activity_dependent_rates(params, grads, state, activity={"fc1.weight": torch.ones(5)})
+    wrong = {"fc1.weight": torch.ones(6), "fc2.weight": torch.ones(4)}
+    with pytest.raises(ValueError, match=r"'fc1.weight' has shape \(6,\) for weights \(5, 6\)"):
+        bf.activity_dependent_rates(params, grads, state, activity=wrong)

@@ -461,6 +461,7 @@ def remembered(rule, state, path, w):
     slot = state.slots.get(rule.name, {})
     return {
         "rate": rate.expand(w.shape).flatten().tolist(),
+        "shape": tuple(w.shape),
         "rate_is_shared": rate.shape != w.shape,
         "innate": None if innate is None else innate.flatten().tolist(),
         **{entry: kept[path].flatten().tolist() for entry, kept in slot.items() if entry != "innate" and path in kept},
