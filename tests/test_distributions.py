@@ -185,9 +185,8 @@ def test_new_synapses_have_the_sign_of_the_old_and_sizes_of_the_leaf():
 def test_quiet_neurons_have_rates_that_differ_more():
     w = {"w": torch.ones(4, 10**5)}
     activity = {"w": torch.tensor([0.0, 1.0, 1.0, 8.0])}
-    rule = bf.activity_dependent_rates
-    learn = bf.chain(rule, partial(bf.fuzzy_learning_rates, nu=0))
-    _, _, state = learn(w, w, learn.init(w, bf.random.key(0)), activity=activity, nu=0.3, gain=1.0)
+    learn = bf.chain(partial(bf.activity_dependent_rates, nu=0.3), partial(bf.fuzzy_learning_rates, nu=0))
+    _, _, state = learn(w, w, learn.init(w, bf.random.key(0)), activity=activity, gain=1.0)
     reach = (state.plasticity["w"] - 1).abs().amax(1)
     torch.testing.assert_close(reach, 0.3 * torch.tensor([1.2, 1.2, 1.2, 0.8]), rtol=1e-3, atol=0)
     assert abs(state.plasticity["w"].mean() - 1) < 5 * 0.2 / math.sqrt(4e5)
