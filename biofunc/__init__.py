@@ -5,6 +5,7 @@ with `functional_call`, `grad`, `vmap` and `torch.compile`.
 """
 
 from biofunc import distributions, ensemble, random, schedules
+from biofunc.activity import record_activity
 from biofunc.activity_rates import activity_dependent_rates
 from biofunc.adam import adam, adamw
 from biofunc.chain import Chain, chain, init
@@ -17,6 +18,7 @@ from biofunc.lognormal import rejuvenate_weights_lognormal
 from biofunc.penalties import l1_penalty
 from biofunc.rejuvenate import rejuvenate_weights
 from biofunc.rule import Hyperparameter, Rule, named
+from biofunc.scaling import synaptic_scaling
 from biofunc.selection import layers
 from biofunc.sgd import sgd
 from biofunc.splitting import split_synapses
@@ -47,12 +49,14 @@ __all__ = [
     "layers",
     "named",
     "random",
+    "record_activity",
     "rejuvenate_weights",
     "rejuvenate_weights_lognormal",
     "rule",
     "schedules",
     "sgd",
     "split_synapses",
+    "synaptic_scaling",
     "temporal_learning_rates",
     "volume_dependent_lr",
     "where",

@@ -22,7 +22,8 @@ __all__ = ["activity_dependent_rates"]
 
 
 def _all_alike(params: Leaves, state: BioState, *, name: str) -> BioState:
-    ones = {path: torch.ones_like(w) for path, w in params.items()}
+    # state.step is 0, and batched if anything is: so are the rates
+    ones = {path: torch.ones_like(w) + state.step.to(w.device, w.dtype) for path, w in params.items()}
     plasticity = {path: state.plasticity[path] * one for path, one in ones.items()}
     return state.replace(plasticity={**state.plasticity, **plasticity}).with_slot(name, innate=ones)
 

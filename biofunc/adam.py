@@ -76,7 +76,8 @@ def adamw(
 
 
 def _moments(params: Leaves, state: BioState, *, redraws: bool, name: str) -> BioState:
-    zeros = {path: torch.zeros_like(w) for path, w in params.items()}
+    # state.step is 0, and batched if anything is: so are the moments
+    zeros = {path: torch.zeros_like(w) + state.step.to(w.device, w.dtype) for path, w in params.items()}
     counts = {
         path: zero.clone() if redraws and path in state.plasticity else state.step.to(zero.device, zero.dtype)
         for path, zero in zeros.items()

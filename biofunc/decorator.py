@@ -186,7 +186,9 @@ def _initialise(
         weights = {path: _detached(params[path], params[path]).to(dtype) for path in paths}
         if init is None:
             entries = {
-                entry: {path: torch.full_like(w, value) for path, w in weights.items()}
+                entry: {
+                    path: torch.full_like(w, value) + state.step.to(w.device, w.dtype) for path, w in weights.items()
+                }
                 for entry, value in rule.fresh.items()
             }
             state = state.with_slot(rule.name, **entries)

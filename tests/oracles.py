@@ -127,6 +127,24 @@ def activity_dependent_rates(w, g, memory, draws, nu=0.16, gain=0.1, rate_min=0.
     return w, g, {**memory, "rate": rates}
 
 
+def synaptic_scaling(w, g, memory, draws, target="population", rate=1e-3, decay=0.99, form="linear"):
+    neurons = memory["shape"][0]
+    inputs = math.prod(memory["shape"][1:])
+    mean, count = list(memory["activity"]), list(memory["count"])
+    for i in range(neurons):
+        x = sum(abs(weight) for weight in w[i * inputs : (i + 1) * inputs])  # the activity that the table hands over
+        count[i] += 1
+        mean[i] += (1 - decay) / (1 - decay ** count[i]) * (x - mean[i])
+    goal = _mean(mean) if target == "population" else target
+    weights = []
+    for i in range(neurons):
+        for j in range(inputs):
+            weight = w[i * inputs + j]
+            size = abs(weight) if form == "quadratic" else 1.0
+            weights.append(weight * max(1 + rate * (goal - mean[i]) * size, 0.5))
+    return weights, g, {**memory, "activity": mean, "count": count}
+
+
 def sgd(w, g, memory, draws, momentum=0.0, nesterov=False, weight_decay=0.0):
     decayed = [g[i] + weight_decay * w[i] for i in range(len(w))]
     velocity = [momentum * memory["momentum"][i] + decayed[i] for i in range(len(w))]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import oracles
+import torch
 
 import biofunc as bf
 from biofunc.rule import Rule, as_rule
@@ -42,7 +43,8 @@ def _driven(function: Any) -> Callable[..., Rule]:
         inner = as_rule(function).bind(**keywords)
 
         def transform(rule, params, grads, state, given):
-            activity = {path: w.abs().flatten(1).sum(1) for path, w in params.items() if w.dim() >= 2}
+            values = {path: w.detach() if isinstance(w, torch.nn.Parameter) else w for path, w in params.items()}
+            activity = {path: w.abs().flatten(1).sum(1) for path, w in values.items() if w.dim() >= 2}
             return inner.transform(rule, params, grads, state, {**given, "activity": activity})
 
         return dataclasses.replace(inner, transform=transform)
@@ -123,6 +125,16 @@ TABLE = {
             smooth=("nu", "gain"),
         ),
         Row(
+            "synaptic_scaling",
+            _driven(bf.synaptic_scaling),
+            ({}, {"target": 0.3, "rate": 0.5, "decay": 0.7}, {"rate": 0.2, "form": "quadratic"}),
+            {"rate": 0.0},
+            ("rate", "decay"),
+            oracles.synaptic_scaling,
+            reduces=True,
+            smooth=("rate", "decay"),
+        ),
+        Row(
             "sgd",
             bf.sgd,
             ({}, {"momentum": 0.9, "weight_decay": 0.1}, {"momentum": 0.5, "nesterov": True}),
@@ -161,7 +173,18 @@ TABLE = {
     ]
 }
 
-NOT_RULES = {"chain", "every", "init", "l1_penalty", "layers", "named", "rule", "split_synapses", "where"}
+NOT_RULES = {
+    "chain",
+    "every",
+    "init",
+    "l1_penalty",
+    "layers",
+    "named",
+    "record_activity",
+    "rule",
+    "split_synapses",
+    "where",
+}
 """Exported functions that compose, select or make models."""
 
 CASES = [(row, settings) for row in TABLE.values() for settings in row.settings]

@@ -105,6 +105,14 @@ def test_vmapped_double_hyperparameter_promotes_nothing(row, dtype):
 
 
 @every_case
+def test_state_of_seeds_that_share_their_parameters_is_contiguous_from_init_on(row, settings):
+    params, _ = mlp()
+    rule = row.make(**settings)
+    state = torch.vmap(lambda key: make_state(rule, params, key))(bf.random.key(torch.arange(3)))
+    assert all(leaf.is_contiguous() for leaf in leaves(state).values())
+
+
+@every_case
 def test_everything_stays_on_the_device_of_its_leaf(row, settings):
     """The meta device refuses to mix with the CPU, so it stands for any other device; the key follows the leaves."""
     params, grads = [{path: leaf.to("meta") for path, leaf in tree.items()} for tree in mlp()]
@@ -373,7 +381,7 @@ def test_a_broken_synapse_spoils_no_other(row, settings, broken, where):
             assert leaf[rest].isfinite().all(), path
         else:
             assert leaf.isfinite().all(), path
-    if where == "params" and not rule.redraws and rule.phase != "descend":
+    if where == "params" and not rule.redraws and rule.phase != "descend" and rule.name != "synaptic_scaling":
         assert torch.equal(torch.nan_to_num(new_params["fc1.weight"]), torch.nan_to_num(params["fc1.weight"]))
 
 
@@ -437,6 +445,9 @@ def test_equals_the_scalar_loop(row, settings, tree, seed):
             assert_close(leaves(new_grads)[path], expected_g)
             if rate is not None:
                 assert_close(new_state.plasticity[path].expand(w.shape), expected["rate"])
+            if path in state.activity:
+                assert_close(new_state.activity[path], expected["activity"])
+                assert_close(new_state.slots[rule.name]["count"][path], expected["count"])
             for entry in rule.fresh:
                 kept = new_state.slots[rule.name][entry][path]
                 assert_close(kept, expected[entry])
@@ -462,6 +473,7 @@ def remembered(rule, state, path, w):
     return {
         "rate": rate.expand(w.shape).flatten().tolist(),
         "shape": tuple(w.shape),
+        "activity": state.activity[path].tolist() if path in state.activity else None,
         "rate_is_shared": rate.shape != w.shape,
         "innate": None if innate is None else innate.flatten().tolist(),
         **{entry: kept[path].flatten().tolist() for entry, kept in slot.items() if entry != "innate" and path in kept},
