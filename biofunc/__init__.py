@@ -10,6 +10,7 @@ from biofunc.activity_rates import activity_dependent_rates
 from biofunc.adam import adam, adamw
 from biofunc.chain import Chain, chain, init
 from biofunc.crystallize import crystallize
+from biofunc.dale import enforce_dales_principle, impose_dales_principle, presynaptic_axes
 from biofunc.decorator import rule
 from biofunc.descend import descend
 from biofunc.every import every
@@ -41,13 +42,16 @@ __all__ = [
     "crystallize",
     "descend",
     "distributions",
+    "enforce_dales_principle",
     "ensemble",
     "every",
     "fuzzy_learning_rates",
+    "impose_dales_principle",
     "init",
     "l1_penalty",
     "layers",
     "named",
+    "presynaptic_axes",
     "random",
     "record_activity",
     "rejuvenate_weights",

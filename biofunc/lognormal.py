@@ -59,7 +59,8 @@ def rejuvenate_weights_lognormal(
     Differs: the original takes the moments of w instead of |w|, whose mean is near 0 in most layers, so that its new
     weights are positive and vanish (median 1e-8); it clamps all weights to [-1, 1], halves sigma, and keeps optimizer
     moments. Here the sign stays, no other weight changes, the mean size of new synapses is that of the leaf, and
-    weights that are not finite neither count nor die. A synapse of weight 0 has no sign; chance gives one to its heir.
+    weights that are not finite neither count nor die. A synapse of weight 0 has no sign; its neuron's
+    polarity, or else chance, gives one to its heir.
     """
     death, z = noise.draw(params, "uniform", "normal")
     weights: Leaves = {}
@@ -74,7 +75,8 @@ def rejuvenate_weights_lognormal(
         sigma = spread * torch.log1p(variance_of_size / mean**2).sqrt()
         new = mean * torch.exp(sigma * z[path] - sigma * sigma / 2)
         redrawn[path] = dies
-        weights[path] = torch.where(dies, new * _sign(w, z[path]), w)
+        sign = state.polarity[path] if path in state.polarity else _sign(w, z[path])
+        weights[path] = torch.where(dies, new * sign, w)
     return weights, grads, state.restart(redrawn)
 
 

@@ -6,7 +6,8 @@ its weight; a new one of random weight and sign grows at its site, with M the la
     tau ~ |N(0, (M / dre)^2)|;    w <- U(-M, M)  where tau > |w|
 
 so that P(death | w) = erfc(|w| dre / (M sqrt 2)). A new synapse is new in everything: its moments, counts and ages
-start again, and its learning rate is the one it was born with.
+start again, and its learning rate is the one it was born with. Under Dale's principle it takes its neuron's sign:
+w <- |U(-M, M)| s, with s = state.polarity.
 """
 
 import math
@@ -68,7 +69,7 @@ def rejuvenate_weights(
     (uniform new weights); the biology: Yasumatsu et al. 2008, doi 10.1523/JNEUROSCI.0603-08.2008.
 
     Differs: rate and "random" are new; the state of a re-drawn synapse restarts; M leaves out weights that are not
-    finite, which never die.
+    finite, which never die; a new synapse of a neuron with a polarity has its sign.
     """
     small = selection == "small"
     first, new, coin = noise.draw(params, "normal" if small else "uniform", "uniform", "coin")
@@ -86,7 +87,10 @@ def rejuvenate_weights(
             dies = first[path] < finite_mean(torch.erfc(size * (dre / (largest * math.sqrt(2)))))
         dies = dies & torch.isfinite(w)
         redrawn[path] = dies
-        weights[path] = torch.where(dies, largest * (2 * new[path] - 1), w)
+        grown = largest * (2 * new[path] - 1)
+        if path in state.polarity:
+            grown = grown.abs() * state.polarity[path]
+        weights[path] = torch.where(dies, grown, w)
     return weights, grads, state.restart(redrawn)
 
 

@@ -145,6 +145,14 @@ def synaptic_scaling(w, g, memory, draws, target="population", rate=1e-3, decay=
     return weights, g, {**memory, "activity": mean, "count": count}
 
 
+def enforce_dales_principle(w, g, memory, draws, **at_init):
+    return [0.0 if w[i] * memory["polarity"][i] < 0 else w[i] for i in range(len(w))], g, memory
+
+
+def impose_dales_principle(w, g, memory, draws, **at_init):
+    return [abs(w[i]) * memory["polarity"][i] for i in range(len(w))], g, memory
+
+
 def sgd(w, g, memory, draws, momentum=0.0, nesterov=False, weight_decay=0.0):
     decayed = [g[i] + weight_decay * w[i] for i in range(len(w))]
     velocity = [momentum * memory["momentum"][i] + decayed[i] for i in range(len(w))]
