@@ -180,3 +180,27 @@ def test_the_original_l1_term_ignores_the_weights():
     _, large = original(WEIGHT, fuzzy_lr_distribution="baseline")
     assert small.l1_reg() == large.l1_reg()
     assert bf.l1_penalty({"w": WEIGHT * 1e-3}) < bf.l1_penalty({"w": WEIGHT}) / 500
+
+
+def test_the_original_has_one_sign_per_row_and_columns_of_mixed_signs():
+    layer, module = original(apply_dales_principle=True)
+    module.dalian_network_initialization()
+    signs = layer.weight.detach().sign()
+    assert (signs == signs[:, :1]).all()
+    assert not (signs == signs[:1]).all(0).any()
+    state = bf.init({"w": WEIGHT}, KEY, bf.impose_dales_principle)
+    params, _, _ = bf.impose_dales_principle({"w": WEIGHT}, {"w": WEIGHT}, state)
+    assert (params["w"].sign() == params["w"].sign()[:1]).all()
+    assert torch.equal(params["w"].abs(), WEIGHT.abs())
+
+
+def test_the_original_last_layer_is_left_out_only_as_a_direct_child():
+    from bio_transformations import BioConverter
+
+    model = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU()), torch.nn.Linear(6, 4))
+    split = bf.split_synapses(model, 2)
+    x = torch.randn(5, 8)
+    ours_logits = split(x)
+    theirs = BioConverter(weight_splitting_Gamma=2).convert(model)(x)
+    assert torch.equal(theirs[:, 0], theirs[:, 1])  # its logits are split: pairs of classes cannot be told apart
+    assert not torch.equal(ours_logits[:, 0], ours_logits[:, 1])
