@@ -184,7 +184,7 @@ def test_the_original_l1_term_ignores_the_weights():
 
 def test_the_original_has_one_sign_per_row_and_columns_of_mixed_signs():
     layer, module = original(apply_dales_principle=True)
-    module.dalian_network_initialization()
+    module.dalian_network_initialization(module)
     signs = layer.weight.detach().sign()
     assert (signs == signs[:, :1]).all()
     assert not (signs == signs[:1]).all(0).any()
