@@ -31,6 +31,7 @@ class Tape:
 
     def __init__(self) -> None:
         self.uses: dict[str, list[Tensor]] | None = None
+        self.measure: Callable[[Tensor], Tensor] = torch.relu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,14 +40,13 @@ class Electrode:
 
     path: str
     feature_dim: int
-    measure: Callable[[Tensor], Tensor]
     tape: Tape
 
     def __call__(self, layer: nn.Module, inputs: object, output: Tensor) -> None:
         if self.tape.uses is None:
             return
         y = output.detach().to(compute_dtype(output))
-        a = self.measure(y)
+        a = self.tape.measure(y)
         if not isinstance(a, Tensor) or a.shape != y.shape:
             shown = tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__
             raise ValueError(f"measure gives {shown} for the output {tuple(y.shape)} of '{self.path}'; keep the shape")
@@ -62,11 +62,14 @@ class Recorder:
         model: the copy that is run, in the mode (train or eval) that the model had.
         paths: paths of the recorded weights, in the order of `named_parameters`.
         tape: where the copy's hooks write during a call.
+        measure: activity of an output. Each call hands it to the tape, because `torch.compile` does not guard hooks and
+            would run one recorder with what it compiled for another.
     """
 
     model: nn.Module
     paths: tuple[str, ...]
     tape: Tape
+    measure: Callable[[Tensor], Tensor]
 
     def __call__(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], x: Any, **kwargs: Any
@@ -84,7 +87,7 @@ class Recorder:
         """
         # A buffer that was not given would keep what this call writes into it (batch statistics)
         own = {name: leaf.clone() for name, leaf in self.model.named_buffers() if name not in buffers}
-        self.tape.uses = {}
+        self.tape.uses, self.tape.measure = {}, self.measure
         try:
             y = functional_call(self.model, {**own, **buffers, **params}, (x,), kwargs)
             uses = self.tape.uses
@@ -134,8 +137,8 @@ def record_activity(model: nn.Module, *, measure: Callable[[Tensor], Tensor] = t
         path = names.get(id(module._parameters.get("weight")))
         if isinstance(module, _KINDS) and path is not None:
             spatial_dims = 0 if isinstance(module, nn.Linear) else len(module.kernel_size)
-            module.register_forward_hook(Electrode(path, -1 - spatial_dims, measure, tape))
+            module.register_forward_hook(Electrode(path, -1 - spatial_dims, tape))
             paths.add(path)
     if not paths:
         raise ValueError("the model has no Linear or Conv layer whose weight is a parameter; nothing can be recorded")
-    return Recorder(recorded, tuple([name for name in names.values() if name in paths]), tape)
+    return Recorder(recorded, tuple([name for name in names.values() if name in paths]), tape, measure)

@@ -11,10 +11,9 @@ times); compare it with such a network before crediting the contacts.
 """
 
 import copy
-import dataclasses
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -24,19 +23,48 @@ Module = TypeVar("Module", bound=nn.Module)
 _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-@dataclasses.dataclass(frozen=True)
-class Contacts:
-    """Sums the outputs of a group of contacts and gives the sum to each of them; a forward hook of its layer."""
+class Split(nn.Module):
+    """A layer whose outputs are contacts, summed in groups; mixed into the class of the layer that it becomes.
+
+    A class of its own, not a forward hook: `torch.compile` does not guard hooks, and would run a split model with the
+    code that it compiled for the plain one.
+    """
 
     gamma: int
     feature_dim: int
     activation: Callable[[Tensor], Tensor] | None
 
-    def __call__(self, layer: nn.Module, inputs: object, output: Tensor) -> Tensor:
-        y = output if self.activation is None else self.activation(output)
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(x)
+        y = y if self.activation is None else self.activation(y)
         dim = y.dim() + self.feature_dim
         groups = y.reshape(*y.shape[:dim], y.shape[dim] // self.gamma, self.gamma, *y.shape[dim + 1 :])
         return groups.sum(dim + 1, keepdim=True).expand(groups.shape).flatten(dim, dim + 1)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, gamma={self.gamma}"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _empty_split, (type(self).__mro__[2],), self.__dict__
+
+
+_SPLIT_CLASSES: dict[type[nn.Module], type[Split]] = {}
+
+
+def _split_class(layer: type[nn.Module]) -> type[Split]:
+    if layer not in _SPLIT_CLASSES:
+        _SPLIT_CLASSES[layer] = type(f"Split{layer.__name__}", (Split, layer), {"__module__": __name__})
+    return _SPLIT_CLASSES[layer]
+
+
+def _empty_split(layer: type[nn.Module]) -> Split:
+    """What copying and unpickling start from: a split class is made, not imported."""
+    split = _split_class(layer)
+    return split.__new__(split)
+
+
+def _no_fast_path(layer: nn.Module, inputs: object, output: object) -> None:
+    """A hook that does nothing: in eval mode, TransformerEncoderLayer goes past the forward of layers without one."""
 
 
 def split_synapses(
@@ -94,7 +122,7 @@ def split_synapses(
         features = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
         if features % gamma:
             raise ValueError(f"gamma is {gamma} and does not divide the {features} outputs of layer '{name}'; skip it")
-        if any(isinstance(hook, Contacts) for hook in layer._forward_hooks.values()):
+        if isinstance(layer, Split):
             raise ValueError(f"layer '{name}' is split already; split the original model")
     if gamma == 1 and activation is None:
         return split
@@ -105,7 +133,10 @@ def split_synapses(
             )
     for layer in layers.values():
         spatial_dims = 0 if isinstance(layer, nn.Linear) else len(layer.kernel_size)
-        layer.register_forward_hook(Contacts(gamma, -1 - spatial_dims, activation))
+        becoming: Any = layer
+        becoming.__class__ = _split_class(type(layer))
+        becoming.gamma, becoming.feature_dim, becoming.activation = gamma, -1 - spatial_dims, activation
+        layer.register_forward_hook(_no_fast_path)
     return split
 
 

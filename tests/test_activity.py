@@ -424,3 +424,22 @@ def test_repr_names_model_and_paths():
 def test_errors_name_what_is_wrong(error, message, make):
     with torch.random.fork_rng(devices=[]), pytest.raises(error, match=message):
         make()
+
+
+def test_a_compiled_step_tells_recorders_apart():
+    """The compiler must not run one recorder with the measure that it compiled for another."""
+    with torch.random.fork_rng():
+        model = torch.nn.Sequential(torch.nn.Linear(3, 4))
+    x, params = torch.linspace(-1, 1, 15).reshape(5, 3), dict(model.named_parameters())
+
+    def make(record):
+        def step(params, x):
+            return record(params, {}, x)
+
+        return step
+
+    torch._dynamo.reset()
+    for measure in (torch.relu, torch.abs, torch.tanh):
+        record = record_activity(model, measure=measure)
+        compiled = torch.compile(make(record), backend="aot_eager", fullgraph=True)
+        assert torch.allclose(compiled(params, x)[1]["0.weight"], measure(model(x)).mean(0))

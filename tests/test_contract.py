@@ -294,3 +294,56 @@ def test_meta_gradients_through_adam_survive_synapses_without_gradient():
     lr = torch.tensor(0.1, dtype=torch.float64)
     difference = (final_loss(lr + 1e-6) - final_loss(lr - 1e-6)) / 2e-6
     torch.testing.assert_close(grad(final_loss)(lr), difference, rtol=1e-6, atol=0)
+
+
+# Compilation
+
+
+def test_a_compiled_step_tells_chains_apart():
+    """Chains of one shape that differ in a number, a schedule, a period, a selection or a body."""
+    params, grads = bf.ensemble.stack([mlp(seed) for seed in range(2)])
+    keys = bf.random.key(torch.arange(2))
+
+    def halve(factor):
+        @bf.rule(phase="weights")
+        def scaled(params, grads, state):
+            return {path: factor * w for path, w in params.items()}, grads, state
+
+        return scaled
+
+    mask = {"fc1.weight": True, "fc1.bias": False, "fc2.weight": False, "fc2.bias": False}
+    chains = [
+        bf.chain(bf.descend(0.1)),
+        bf.chain(bf.descend(0.2)),
+        bf.chain(bf.descend(bf.schedules.constant(0.3))),
+        bf.chain(bf.descend(bf.schedules.constant(0.4))),
+        bf.chain(bf.where("fc1*", bf.descend(0.1))),
+        bf.chain(bf.where("fc2*", bf.descend(0.1))),
+        bf.chain(bf.where(mask, bf.descend(0.1))),
+        bf.chain(bf.where({**mask, "fc1.bias": True}, bf.descend(0.1))),
+        bf.chain(bf.where(lambda path, leaf: leaf.dim() == 1, bf.descend(0.1))),
+        bf.chain(bf.where(lambda path, leaf: leaf.dim() == 2, bf.descend(0.1))),
+        bf.chain(bf.every(2, bf.rejuvenate_weights)),
+        bf.chain(bf.every(1, bf.rejuvenate_weights)),
+        bf.chain(bf.named("other", bf.rejuvenate_weights)),
+        bf.chain(partial(bf.rejuvenate_weights, dre=3.0)),
+        bf.chain(partial(bf.rejuvenate_weights, selection="random")),
+        bf.chain(halve(0.5)),
+        bf.chain(halve(0.25)),
+    ]
+    states = [torch.vmap(learn.init)(params, keys) for learn in chains]
+
+    def run(learn, state, compiled):
+        def step(params, grads, state):
+            return learn(params, grads, state)
+
+        ensemble_step = torch.vmap(step)
+        if compiled:
+            ensemble_step = torch.compile(ensemble_step, backend="aot_eager", fullgraph=True)
+        return ensemble_step(params, grads, state)[0]
+
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=32):
+        compiled = [run(learn, state, True) for learn, state in zip(chains, states, strict=True)]
+    for learn, state, result in zip(chains, states, compiled, strict=True):
+        assert_same(result, run(learn, state, False), ulps=4)

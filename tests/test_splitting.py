@@ -425,3 +425,39 @@ def test_a_linear_split_under_sgd_is_a_narrower_net_that_learns_faster(gamma):
         same(w, few[name], 1e-10)
         assert (few[name] - start[name]).abs().max() > 1e-4
     same(functional_call(split, params, (x,)), functional_call(narrow, few, (x,)), 1e-10)
+
+
+def test_a_compiled_step_tells_split_models_apart():
+    """One step function, one shape, other contacts: the compiler must not run a model with the code of another."""
+    with torch.device("meta"):
+        plain = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    models = [
+        plain,
+        *[bf.split_synapses(plain, g, activation=phi) for g, phi in ((2, None), (4, None), (2, torch.tanh))],
+    ]
+    params = {name: normal(3, *p.shape) for name, p in plain.named_parameters()}
+    x = normal(5, 6)
+
+    def train(model, compiled):
+        def loss(params, x):
+            return functional_call(model, params, (x,)).square().mean()
+
+        def step(params, x):
+            return torch.func.grad(loss)(params, x)
+
+        ensemble_step = torch.vmap(step, in_dims=(0, None))
+        if compiled:
+            ensemble_step = torch.compile(ensemble_step, backend="aot_eager", fullgraph=True)
+        return ensemble_step(params, x)["0.weight"]
+
+    torch._dynamo.reset()
+    compiled = [train(model, True) for model in models]
+    for result, model in zip(compiled, models, strict=True):
+        assert torch.allclose(result, train(model, False))
+    for other in compiled[1:]:
+        assert not torch.allclose(compiled[0], other)
+
+
+def test_a_split_layer_says_so():
+    assert "SplitLinear(in_features=6" in repr(bf.split_synapses(built(mlp), 2))
+    assert "gamma=2" in repr(bf.split_synapses(built(mlp), 2))
