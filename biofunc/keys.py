@@ -116,6 +116,7 @@ def fold_in_names(key: Tensor, names: Sequence[str]) -> Tensor:
 
 
 def check_key(key: Tensor) -> None:
+    """Raises a TypeError unless the argument is a key or a batch of keys."""
     if not isinstance(key, Tensor) or key.dtype != torch.int64 or key.dim() < 1 or key.shape[-1] != 2:
         shown = f"{key.dtype} {tuple(key.shape)}" if isinstance(key, Tensor) else repr(key)
         raise TypeError(f"key is {shown}; a key is int64 of shape (..., 2), made by biofunc.random.key(seed)")
