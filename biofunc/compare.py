@@ -104,7 +104,7 @@ def compare(config: Config, data: Dataset, advance: Advance = lambda doing, step
         arms = [arm for arm in config.arms if ("weight_splitting" in ARMS[arm]) == split]
         if arms:
             results |= _train_group(config, data, arms, split, compiled, evaluated, advance)
-    execution = "compile(vmap(step))" if compiled else "plain vmap(step): no working C++ compiler was found"
+    execution = "compile(vmap(step))" if compiled else "plain vmap(step): no working compiler was found"
     return Comparison(config, evaluated, {arm: results[arm] for arm in config.arms}, execution)
 
 

@@ -8,8 +8,9 @@ bijection of 128-bit counters:
     element j of a draw = word j % 4 of block j // 4
 
 `key`, `split`, `fold_in` with an integer, and `uniform` give the bits of PyTorch's own `torch.func._random`.
-The same key gives the same numbers alone, in a loop, under `vmap` whatever the size of the batch, under
-`torch.compile`, and on every device. A key is used once: to draw, or to derive other keys.
+The same key gives the same numbers alone, in a loop, under `vmap` whatever the size of the batch, and under
+`torch.compile`; computed in integers alone, they should be the same on other devices (not yet run on CUDA). A key is
+used once: to draw, or to derive other keys.
 """
 
 import math
