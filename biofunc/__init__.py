@@ -8,6 +8,8 @@ from biofunc import distributions, ensemble, random, schedules
 from biofunc.activity import record_activity
 from biofunc.activity_rates import activity_dependent_rates
 from biofunc.adam import adam, adamw
+from biofunc.attach import attach
+from biofunc.attachment import Attachment
 from biofunc.chain import Chain, chain, init
 from biofunc.crystallize import crystallize
 from biofunc.dale import enforce_dales_principle, impose_dales_principle, presynaptic_axes
@@ -31,6 +33,7 @@ from biofunc.where import where
 __version__ = "0.1.0"
 
 __all__ = [
+    "Attachment",
     "BioState",
     "Chain",
     "Hyperparameter",
@@ -38,6 +41,7 @@ __all__ = [
     "activity_dependent_rates",
     "adam",
     "adamw",
+    "attach",
     "chain",
     "crystallize",
     "descend",

@@ -24,8 +24,9 @@ P = ParamSpec("P")
 Body = Callable[Concatenate[Leaves, Leaves, BioState, P], Flat]
 OnTrees = Callable[Concatenate[Tree, Tree, BioState, P], tuple[Tree, Tree, BioState]]
 
-GIVEN: Any = None
-"""Default of a keyword that the decorator fills in, `noise: Noise = GIVEN`; callers never give it."""
+GIVEN: Any = inspect.Parameter.empty
+"""Default of a keyword without which the rule cannot run, that types take for one that may be left out: what the
+decorator fills in, `noise: Noise = GIVEN`, or a signal that is handed over at each step."""
 
 
 def rule(
@@ -101,6 +102,7 @@ def rule(
             initialise=functools.partial(_initialise, init, init_keywords) if init or memory else None,
             keywords=keywords,
             at_init=at_init,
+            needs=tuple([n for n in keywords if n not in INJECTED and signature.parameters[n].default is GIVEN]),
             ranges={
                 name: Interval.parse(text, optional=signature.parameters[name].default is None)
                 for name, text in (ranges or {}).items()

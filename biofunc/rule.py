@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import functools
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -72,6 +72,7 @@ class Rule:
         initialise: `(rule, params, state, redraws) -> state` on flat dicts, or None when it keeps nothing.
         keywords: names of its keywords, injected ones included.
         at_init: those of them that its init declares; they cannot be given at a step.
+        needs: signals without which it cannot run.
         ranges: the range of each numeric keyword.
         choices: the values that a keyword may have.
         bound: values bound to keywords.
@@ -91,6 +92,7 @@ class Rule:
     initialise: Callable[["Rule", Leaves, BioState, bool], BioState] | None
     keywords: tuple[str, ...]
     at_init: tuple[str, ...]
+    needs: tuple[str, ...]
     ranges: Mapping[str, Interval]
     choices: Mapping[str, tuple[Any, ...]]
     redraws: bool
@@ -246,17 +248,25 @@ def on_trees(
     flat_grads, grads_structure = trees.flatten(grads)
     _check_inputs(flat_params, flat_grads, state)
     directions = {path: flat_grads[path] for path in flat_params}
+    flat_params, directions, state = on_leaves(rules, flat_params, directions, state, signals)
+    # Back in the order of their own tree: optree sorts the keys of a dict, not those of an OrderedDict
+    flat_grads = {path: directions[path] for path in flat_grads}
+    return trees.unflatten(params_structure, flat_params), trees.unflatten(grads_structure, flat_grads), state
+
+
+def on_leaves(
+    rules: Sequence[Rule], params: Leaves, grads: Leaves, state: BioState, signals: Mapping[str, Any]
+) -> Flat:
+    """Runs rules one after another on flat dicts; each gets the signals that its signature declares."""
     drawing = [rule for rule in rules if rule.draws]
-    keyed = flat_params if any(rule.every_leaf for rule in drawing) else state.plasticity
+    keyed = params if any(rule.every_leaf for rule in drawing) else state.plasticity
     noise = StepKeys(state, [rule.name for rule in drawing], list(keyed))
     for rule in rules:
         keywords = {name: value for name, value in signals.items() if name in rule.accepts}
         if rule.draws:
             keywords["noise"] = noise
-        flat_params, directions, state = rule.transform(rule, flat_params, directions, state, keywords)
-    # Back in the order of their own tree: optree sorts the keys of a dict, not those of an OrderedDict
-    flat_grads = {path: directions[path] for path in flat_grads}
-    return trees.unflatten(params_structure, flat_params), trees.unflatten(grads_structure, flat_grads), state
+        params, grads, state = rule.transform(rule, params, grads, state, keywords)
+    return params, grads, state
 
 
 def _check_inputs(params: dict[str, Any], grads: dict[str, Any], state: BioState) -> None:

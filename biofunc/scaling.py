@@ -48,7 +48,7 @@ def synaptic_scaling(
     grads: Leaves,
     state: BioState,
     *,
-    activity: Mapping[str, Tensor] | None = None,
+    activity: Mapping[str, Tensor] = GIVEN,
     target: Any = "population",
     rate: Hyperparameter = 1e-3,
     decay: Hyperparameter = 0.99,
@@ -123,10 +123,10 @@ def synaptic_scaling(
     return new, grads, state.replace(activity={**state.activity, **mean}).with_slot(name, count=count)
 
 
-def _observed(activity: Mapping[str, Tensor] | None, path: str, w: Tensor) -> Tensor:
+def _observed(activity: Any, path: str, w: Tensor) -> Tensor:
     if not isinstance(activity, Mapping):
         raise TypeError(
-            f"synaptic_scaling: activity is {'missing' if activity is None else type(activity).__name__}; hand over a "
+            f"synaptic_scaling: activity is {'missing' if activity is GIVEN else type(activity).__name__}; hand over a "
             "dict by path at each step, learn(params, grads, state, activity=activity); bf.record_activity(model) "
             "records it"
         )

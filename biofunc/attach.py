@@ -1,0 +1,146 @@
+"""The bridge to loops with modules and torch.optim: rules that act at each step of an optimizer.
+
+gradient rules on .grad;  the optimizer's step;  update rules on (before - after);  weight rules on the weights
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn, optim
+
+from biofunc import torch_memory
+from biofunc.adam import adam
+from biofunc.attachment import Attachment
+from biofunc.chain import Chain, chain, init
+from biofunc.descend import descend
+from biofunc.rule import Rule, as_rule, named
+from biofunc.selection import Selection
+from biofunc.sgd import sgd
+
+__all__ = ["attach"]
+
+_PHASES = {"gradient": ("gradient", "direction"), "update": ("direction",), "weight": ("weights",)}
+_PLACES = {"gradient": "gradient", "direction": "update", "weights": "weight"}
+
+
+def attach(
+    optimizer: optim.Optimizer,
+    model: nn.Module,
+    *,
+    key: Tensor,
+    gradient: Sequence[Any] = (),
+    update: Sequence[Any] = (),
+    weight: Sequence[Any] = (),
+    where: Selection = None,
+) -> Attachment:
+    """Lets rules act at each step of a torch.optim optimizer, in a training loop that stays as it is.
+
+    `optimizer.step()` then computes what the chain of the gradient rules, the optimizer, the update rules, `descend`
+    and the weight rules computes; the update is what the optimizer did to a parameter, its learning rate included.
+    `.grad` holds after the step what backward left there.
+
+    Gradient rules see unscaled gradients under `torch.amp.GradScaler`, the accumulated ones with gradient accumulation,
+    and the averaged ones under DistributedDataParallel. With a closure (LBFGS) they act on the gradients of each
+    evaluation, all of which see the state and the noise of the step's beginning, and what the first one makes of the
+    state is kept; the update is that of the whole step.
+
+    Args:
+        optimizer: any optimizer of torch.optim; schedulers work as ever.
+        model: the module of which it trains all or some parameters; plain, compiled or wrapped for data parallelism.
+            Paths are the names in its `named_parameters()`, without the prefixes of these wrappers; a tied parameter
+            counts once.
+        key: from `biofunc.random.key`; the same on all ranks.
+        gradient: rules of phase gradient or direction, in order.
+        update: rules of phase direction: the place of `fuzzy_learning_rates` under Adam.
+        weight: rules of phase weights.
+        where: which parameters are synapses, see `Chain.init`.
+
+    Returns:
+        The Attachment, with `state`, `signal`, `state_dict`, `load_state_dict` and `detach`. Parameters without a
+        gradient (frozen, or not used in this step) are left out of the step, with all that is kept about them, as
+        torch.optim does. Where a rule re-draws synapses, the optimizer's weight-shaped memory of them restarts; Adam
+        and AdamW also count their age, LBFGS restarts as a whole, and in others a count of steps goes on.
+
+    Raises:
+        TypeError: an argument of another kind, or no rule.
+        ValueError: rules in the wrong place or order, an optimizer that has rules attached already or none of the
+            model's parameters, or ranks with different keys.
+    """
+    if not isinstance(optimizer, optim.Optimizer):
+        raise TypeError(f"optimizer is {type(optimizer).__name__}; give an optimizer of torch.optim")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__}; give the nn.Module that the optimizer trains")
+    for hook in optimizer._optimizer_step_pre_hooks.values():
+        if isinstance(getattr(hook, "__self__", None), Attachment):
+            raise ValueError("optimizer has rules attached already; detach() them first, or attach all rules at once")
+    rules = {
+        place: _rules_for(place, given)
+        for place, given in {"gradient": gradient, "update": update, "weight": weight}.items()
+    }
+    _check_order(rules, optimizer)
+    parallel, model = isinstance(model, nn.parallel.DistributedDataParallel), _unwrapped(model)
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    params = {path: p for path, p in model.named_parameters() if id(p) in trained}
+    if not params:
+        raise ValueError("optimizer trains none of the model's parameters; make it with model.parameters()")
+    copies = {path: p.detach().clone() for path, p in params.items()}
+    state = init(copies, key, *[rule for group in rules.values() for rule in group], where=where)
+    if any(rule.redraws for rule in rules["weight"]) and torch_memory.counts_age(optimizer):
+        state = state.with_slot(torch_memory.SLOT, born=torch_memory.unborn({p: copies[p] for p in state.plasticity}))
+    if parallel:
+        _check_ranks(state.key)
+    return Attachment(optimizer, params, rules, state)
+
+
+def _rules_for(place: str, given: Any) -> tuple[Rule, ...]:
+    if not isinstance(given, Sequence):
+        raise TypeError(f"{place} is {given!r}; give a list of rules, {place}=[…]")
+    rules: list[Rule] = []
+    for one in given:
+        rules.extend(one.rules if isinstance(one, Chain) else [as_rule(one)])
+    for rule in rules:
+        if rule.phase not in _PHASES[place]:
+            remedy = f"give it in {_PLACES[rule.phase]}=[…]" if rule.phase in _PLACES else "torch.optim does its work"
+            raise ValueError(f"{place} has {rule.name}, a rule of phase {rule.phase}; {remedy}")
+    return tuple(rules)
+
+
+def _check_order(rules: dict[str, tuple[Rule, ...]], optimizer: optim.Optimizer) -> None:
+    flat = [rule for group in rules.values() for rule in group]
+    if not flat:
+        raise TypeError("no rules; give some in gradient=[…], update=[…] or weight=[…]")
+    name, scale_free = type(optimizer).__name__, isinstance(optimizer, torch_memory.SCALE_FREE)
+    for rule in rules["gradient"]:
+        if rule.applies_rates and scale_free:
+            raise ValueError(
+                f"gradient has {rule.name}, but {name} divides constant factors of its gradient out again; give it in "
+                "update=[…]"
+            )
+    writer = next((rule for rule in flat if rule.writes_rates), None)
+    if writer and not any(rule.applies_rates for rule in flat):
+        raise ValueError(
+            f"{writer.name} writes learning-rate factors that no rule applies; give "
+            "update=[functools.partial(bf.fuzzy_learning_rates, nu=0)], which applies them and draws none"
+        )
+    step = named(f"torch.optim.{name}", adam() if scale_free else sgd())
+    chain(*rules["gradient"], step, *rules["update"], descend(1.0), *rules["weight"])
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):  # torch.compile(model)
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def _check_ranks(key: Tensor) -> None:
+    keys = [torch.empty_like(key) for _ in range(dist.get_world_size())]
+    dist.all_gather(keys, key)
+    for rank, other in enumerate(keys):
+        if not torch.equal(other, key):
+            raise ValueError(f"rank {rank} has another key, so its parameters would drift away; give all the same")

@@ -1,0 +1,273 @@
+"""What `attach` makes: rules that act at each step of an optimizer, with their state.
+
+The rules are the pure ones; this file alone writes into parameters, in place and at the very end of a step.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.utils._pytree as torch_pytree
+from torch import Tensor, nn, optim
+
+from biofunc import torch_memory, trees
+from biofunc.rule import Flat, Rule, compute_dtype, on_leaves
+from biofunc.state import BioState
+from biofunc.trees import Leaves
+
+__all__ = ["Attachment"]
+
+
+@dataclasses.dataclass
+class Step:
+    """What one step of the optimizer has to know when it ends."""
+
+    params: Leaves
+    before: Leaves
+    state: BioState
+    grads: Leaves = dataclasses.field(default_factory=dict)
+    raw: Leaves = dataclasses.field(default_factory=dict)
+
+
+class Attachment:
+    """Rules that act at each step of a torch.optim optimizer; made by `attach`.
+
+    Attributes:
+        state: the BioState, replaced at each step.
+        rules: the rules under "gradient", "update" and "weight".
+    """
+
+    def __init__(
+        self,
+        optimizer: optim.Optimizer,
+        params: dict[str, nn.Parameter],
+        rules: dict[str, tuple[Rule, ...]],
+        state: BioState,
+    ) -> None:
+        self.rules = rules
+        self.state = state
+        self._params = params
+        self._signals: dict[str, Any] = {}
+        self._step: Step | None = None
+        self._aged: set[str] = set()
+        self._redraws = any(rule.redraws for rule in rules["weight"])
+        # The optimizer holds the hooks and thereby this object, which does not hold the optimizer: no cycle keeps both
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    def signal(self, **signals: Any) -> None:
+        """Hands signals to the rules of the coming step of the optimizer, which forgets them when it ends.
+
+        Args:
+            signals: by name, `activity=activity`, or a hyperparameter for this step; each rule gets those that its
+                signature declares.
+
+        Raises:
+            TypeError: no rule takes a signal of this name at a step.
+        """
+        rules = [rule for group in self.rules.values() for rule in group]
+        for name in signals:
+            takers = [rule for rule in rules if name in rule.accepts]
+            if not takers:
+                accepted = sorted({keyword for rule in rules for keyword in rule.accepts})
+                raise TypeError(f"no attached rule takes '{name}'; they take: {', '.join(accepted) or 'nothing'}")
+            for rule in takers:
+                rule.check_keyword(name, at_step=True)
+        self._signals.update(signals)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs beside those of model and optimizer.
+
+        Returns:
+            The state and the names of the rules; `torch.load(…, weights_only=True)` reads it after `import biofunc`.
+        """
+        return {"state": self.state, "rules": self._names()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Goes on from a checkpoint; model and optimizer load theirs by themselves.
+
+        Args:
+            state_dict: what `state_dict` gave, of the same rules on a model of the same parameters.
+
+        Raises:
+            KeyError, TypeError, ValueError: it was made for other rules or another model; nothing is changed then.
+        """
+        for name in ("state", "rules"):
+            if name not in state_dict:
+                raise KeyError(f"state_dict has no '{name}'; give what Attachment.state_dict() returned")
+        given = state_dict["state"]
+        if not isinstance(given, BioState):
+            raise TypeError(f"state_dict['state'] is {type(given).__name__}, not a BioState")
+        if state_dict["rules"] != self._names():
+            raise ValueError(f"state_dict was made by the rules {state_dict['rules']}, attached are {self._names()}")
+        if given.layout != self.state.layout:
+            difference = sorted(set(given.layout) ^ set(self.state.layout)) or [given.layout[0]]
+            raise ValueError(f"state_dict was made for other parameters; they differ first at {difference[0]}")
+        old, new = trees.flatten(self.state)[0], trees.flatten(given)[0]
+        for path in old.keys() ^ new.keys():
+            where = "state_dict lacks" if path in old else "the attached rules do not have"
+            raise KeyError(f"{where} '{path}'; attach the rules with the options they had")
+        for path, leaf in old.items():
+            if new[path].shape != leaf.shape:
+                shapes = f"{tuple(new[path].shape)}, here {tuple(leaf.shape)}"
+                raise ValueError(f"state_dict leaf '{path}' has shape {shapes}")
+        structure = trees.flatten(given)[1]
+        self.state = trees.unflatten(structure, {path: leaf.to(old[path]) for path, leaf in new.items()})
+        self._aged = set(self._params)
+
+    def detach(self) -> None:
+        """Takes the rules off the optimizer, which goes on by itself; the parameters stay as they are."""
+        for handle in self._handles:
+            handle.remove()
+
+    def __repr__(self) -> str:
+        groups = [f"    {place}={list(rules)!r}," for place, rules in self.rules.items() if rules]
+        return "\n".join(["attach(", *groups, ")"])
+
+    def _names(self) -> dict[str, list[str]]:
+        return {place: [rule.name for rule in rules] for place, rules in self.rules.items()}
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._step = None
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and bool(found_inf):  # a fused optimizer skips this step, and so do the rules
+            return None
+        for rule in [rule for group in self.rules.values() for rule in group]:
+            for name in rule.needs:
+                if name not in rule.bound and name not in self._signals:
+                    raise TypeError(
+                        f"{rule.name} needs {name}; hand it over before optimizer.step(): attachment.signal({name}=…)"
+                    )
+        params = {path: p.detach() for path, p in self._params.items()}
+        before = params
+        if self.rules["update"] or self.rules["weight"]:
+            before = {path: p.clone() for path, p in params.items()}
+        step = Step(params, before, self.state)
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._shape_gradients(optimizer, step)
+            self._step = step
+            return None
+        self._step = step
+        kwargs = {name: value for name, value in kwargs.items() if name != "closure"}
+        return (args[0], self._shaped(optimizer, step, closure), *args[2:]), kwargs
+
+    def _shaped(self, optimizer: optim.Optimizer, step: Step, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """The closure, whose gradients pass through the gradient rules.
+
+        All evaluations of a step see the rules as they stand when it begins, with the same noise: a line search needs
+        one function. What the first evaluation makes of the state is kept.
+        """
+
+        def evaluate() -> Any:
+            value = closure()
+            with torch.no_grad():
+                self._shape_gradients(optimizer, step)
+            return value
+
+        return evaluate
+
+    def _shape_gradients(self, optimizer: optim.Optimizer, step: Step) -> None:
+        raw = {path: p.grad for path, p in self._params.items() if p.grad is not None}
+        for path, grad in raw.items():
+            if grad.layout != torch.strided:
+                raise TypeError(f"the gradient of '{path}' is sparse; biofunc acts on dense ones, use sparse=False")
+        scale = getattr(optimizer, "grad_scale", None)
+        grads = {path: grad.detach() if scale is None else grad.detach() / scale for path, grad in raw.items()}
+        _, shaped, state = self._run("gradient", step.params, grads, self.state)
+        first = not step.raw
+        step.raw, step.grads = raw, shaped
+        if first:
+            step.state = state
+        if scale is not None:  # what a fused optimizer would do by itself
+            optimizer.grad_scale = None  # type: ignore[attr-defined]
+        for path, grad in shaped.items():
+            if grad is not raw[path]:
+                self._params[path].grad = grad
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        step, self._step = self._step, None
+        if step is None:
+            return
+        for path, grad in step.raw.items():  # .grad is what backward left there, so that nothing compounds
+            self._params[path].grad = grad
+        params, before, state = step.params, step.before, step.state
+        new = dict(params)
+        if self.rules["update"] or self.rules["weight"]:
+            updates = self._updates(optimizer, step)
+            _, shaped, state = self._run("update", before, updates, state)
+            for path in shaped:
+                if shaped[path] is not updates[path] or path in self._aged:
+                    new[path] = (before[path].to(shaped[path].dtype) - shaped[path]).to(params[path].dtype)
+            shown = torch_memory.expose(optimizer, self._params, state) if self._redraws else state
+            moved, _, renewed = self._run("weight", new, shaped, shown)
+            new.update(moved)
+            state = torch_memory.take_back(optimizer, self._params, shown, renewed, state) if self._redraws else renewed
+        for path, p in params.items():
+            if new[path] is not p:
+                p.copy_(new[path])
+        old_born = self.state.slots.get(torch_memory.SLOT, {}).get("born", {})
+        new_born = state.slots.get(torch_memory.SLOT, {}).get("born", {})
+        self._aged |= {path for path, born in new_born.items() if born is not old_born[path]}
+        self.state = state.replace(step=state.step + 1)
+        self._signals = {}
+
+    def _updates(self, optimizer: optim.Optimizer, step: Step) -> Leaves:
+        """How far the optimizer moved each parameter that had a gradient, as a direction of descent."""
+        born = step.state.slots.get(torch_memory.SLOT, {}).get("born", {})
+        groups = torch_memory.groups_of(optimizer, self._params)
+        updates = {}
+        for path in step.raw:
+            before, after = step.before[path], step.params[path]
+            if path in self._aged and optimizer.state.get(self._params[path]):
+                memory = optimizer.state[self._params[path]]
+                updates[path] = torch_memory.adam_update(groups[path], memory, before, born[path])
+            else:
+                dtype = compute_dtype(before)
+                updates[path] = before.to(dtype) - after.to(dtype)
+        return updates
+
+    def _run(self, place: str, params: Leaves, grads: Leaves, state: BioState) -> Flat:
+        """Runs the rules of one place on the parameters that have a gradient; all else comes back as it was."""
+        active = [path for path in params if path in grads]
+        synapses = {path: rate for path, rate in state.plasticity.items() if path in grads}
+        nothing = {path: p.new_zeros(()).expand(p.shape) for path, p in params.items() if path not in grads}
+        new_params, new_grads, new = on_leaves(
+            self.rules[place],
+            params,
+            {**grads, **nothing},
+            state.replace(plasticity=synapses),
+            self._signals,
+        )
+        new = _keep(new, state, set(nothing)) if nothing else new
+        # What lives on in parameters and in .grad is written into by others
+        live = {_storage(leaf) for leaf in [*self._params.values(), *grads.values(), *new_grads.values()]}
+        new = torch_pytree.tree_map(lambda leaf: leaf.clone() if leaf.numel() and _storage(leaf) in live else leaf, new)
+        return {path: new_params[path] for path in active}, {path: new_grads[path] for path in active}, new
+
+
+def _keep(new: BioState, old: BioState, paths: set[str]) -> BioState:
+    """The new state, in which all that is kept about some paths is as in the old one."""
+
+    def kept(fresh: Leaves, stale: Leaves) -> Leaves:
+        return {path: stale[path] if path in paths else fresh[path] for path in stale}
+
+    slots = {
+        name: {entry: kept(leaves, old.slots[name][entry]) for entry, leaves in slot.items()}
+        for name, slot in new.slots.items()
+    }
+    return new.replace(
+        plasticity=kept(new.plasticity, old.plasticity),
+        polarity=kept(new.polarity, old.polarity),
+        activity=kept(new.activity, old.activity),
+        slots=slots,
+    )
+
+
+def _storage(leaf: Tensor) -> int:
+    return leaf.untyped_storage().data_ptr()
