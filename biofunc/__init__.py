@@ -11,6 +11,8 @@ from biofunc.adam import adam, adamw
 from biofunc.attach import attach
 from biofunc.attachment import Attachment
 from biofunc.chain import Chain, chain, init
+from biofunc.config import BioConfig
+from biofunc.convert import Converted, convert
 from biofunc.crystallize import crystallize
 from biofunc.dale import enforce_dales_principle, impose_dales_principle, presynaptic_axes
 from biofunc.decorator import rule
@@ -34,8 +36,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Attachment",
+    "BioConfig",
     "BioState",
     "Chain",
+    "Converted",
     "Hyperparameter",
     "Rule",
     "activity_dependent_rates",
@@ -43,6 +47,7 @@ __all__ = [
     "adamw",
     "attach",
     "chain",
+    "convert",
     "crystallize",
     "descend",
     "distributions",

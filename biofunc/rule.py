@@ -146,17 +146,17 @@ class Rule:
         """A copy with values bound to keywords; they reach the rule's init too."""
         for name, value in keywords.items():
             self.check_keyword(name, at_step=False)
-            self._check_value(name, value)
+            self.check_value(name, value)
         return dataclasses.replace(self, bound={**self.bound, **keywords})
 
     def resolve(self, keywords: Mapping[str, Any], state: BioState) -> dict[str, Any]:
         """Bound and given keywords as values of this step: schedules called, numbers checked."""
         values = {**self.bound, **keywords}
         for name, value in values.items():
-            self._check_value(name, value)
+            self.check_value(name, value)
             if name in self.ranges and callable(value) and not isinstance(value, Tensor):
                 values[name] = value(state.step)
-                self._check_value(name, values[name])
+                self.check_value(name, values[name])
         return values
 
     def check_keyword(self, name: str, *, at_step: bool) -> None:
@@ -171,7 +171,7 @@ class Rule:
                 f"bind it before: bf.init(params, key, functools.partial(rule, {name}=…))"
             )
 
-    def _check_value(self, name: str, value: Any) -> None:
+    def check_value(self, name: str, value: Any) -> None:
         if name in self.choices and not any(value is choice or value == choice for choice in self.choices[name]):
             shown = " or ".join(map(repr, self.choices[name]))
             raise ValueError(f"{self.name}: {name} is {value!r}; it must be {shown}")

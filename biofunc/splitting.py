@@ -20,7 +20,7 @@ from torch import Tensor, nn
 __all__ = ["split_synapses"]
 
 Module = TypeVar("Module", bound=nn.Module)
-_KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+SPLITTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Split(nn.Module):
@@ -112,7 +112,7 @@ def split_synapses(
     if gamma < 1:
         raise ValueError(f"gamma is {gamma}; a connection has at least 1 contact")
     split = copy.deepcopy(model)
-    layers = {name: module for name, module in split.named_modules() if isinstance(module, _KINDS)}
+    layers = {name: module for name, module in split.named_modules() if isinstance(module, SPLITTABLE)}
     for name in _skipped(list(layers), skip):
         del layers[name]
     _check_called(split, layers)

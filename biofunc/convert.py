@@ -1,0 +1,265 @@
+"""The one-line converter of pytorch_bio_transformations, as pure functions."""
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from biofunc import distributions
+from biofunc.activity_rates import activity_dependent_rates
+from biofunc.chain import Chain, chain, init
+from biofunc.config import BioConfig, check_names
+from biofunc.crystallize import crystallize
+from biofunc.dale import enforce_dales_principle, impose_dales_principle, presynaptic_axes
+from biofunc.descend import descend
+from biofunc.every import every
+from biofunc.fuzzy import fuzzy_learning_rates
+from biofunc.keys import key as make_key
+from biofunc.lognormal import rejuvenate_weights_lognormal
+from biofunc.rejuvenate import rejuvenate_weights
+from biofunc.rule import Hyperparameter
+from biofunc.selection import Selection, layers, select_paths
+from biofunc.sgd import sgd
+from biofunc.splitting import SPLITTABLE, split_synapses
+from biofunc.state import BioState
+from biofunc.temporal import temporal_learning_rates
+from biofunc.trees import Leaves
+from biofunc.volume import volume_dependent_lr
+
+__all__ = ["Converted", "convert"]
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Converted:
+    """A model as pure functions; made by `convert`.
+
+    Attributes:
+        model: the copy that is run, split if asked for, in the mode that the model had; `model.eval()` switches.
+        params: parameters by name, detached.
+        buffers: buffers by name.
+        state: the BioState with which learning starts.
+        learn: the chain: `params, _, state = learn(params, grads, state)`.
+        config: the settings.
+        where: which parameters are synapses.
+    """
+
+    model: nn.Module
+    params: Leaves
+    buffers: Leaves
+    state: BioState
+    learn: Chain
+    config: BioConfig
+    where: Selection
+
+    def apply(self, params: Mapping[str, Tensor], *inputs: Any, **keywords: Any) -> Any:
+        """Runs the model with the buffers of the conversion; running statistics are not updated.
+
+        Args:
+            params: parameters by name.
+            inputs: its positional inputs.
+            keywords: its keywords.
+
+        Returns:
+            What the model returns.
+        """
+        return self.apply_and_update(params, self.buffers, *inputs, **keywords)[0]
+
+    def apply_and_update(
+        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], *inputs: Any, **keywords: Any
+    ) -> tuple[Any, Leaves]:
+        """Runs the model and tells what becomes of its buffers, as BatchNorm's running statistics.
+
+        Args:
+            params: parameters by name.
+            buffers: buffers by name; they stay as they are.
+            inputs: its positional inputs.
+            keywords: its keywords.
+
+        Returns:
+            What the model returns, and the new buffers.
+        """
+        # What the model writes into must be batched under vmap if anything that it may write is
+        batched = [leaf for leaf in [*params.values(), *inputs] if isinstance(leaf, Tensor)]
+        zero = sum([leaf.detach().reshape(-1)[:0].sum() for leaf in batched], torch.zeros(()))
+        new = {name: buffer + zero.to(buffer) for name, buffer in buffers.items()}
+        return functional_call(self.model, {**new, **params}, inputs, keywords), new
+
+    def init(self, params: Mapping[str, Tensor], key: Tensor) -> tuple[Leaves, BioState]:
+        """Starts anew from other parameters, or an ensemble: `torch.vmap(bio.init)(params, keys)`.
+
+        Args:
+            params: parameters by name.
+            key: from `biofunc.random.key`.
+
+        Returns:
+            The parameters, with Dale's principle imposed if it applies, and the state.
+        """
+        return _start(self.model, self.config, self.learn, self.where, dict(params), key)
+
+    def __repr__(self) -> str:
+        return f"convert({type(self.model).__name__}, {len(self.params)} parameters, learn={self.learn!r})"
+
+
+def convert(
+    model: nn.Module | Callable[..., nn.Module],
+    *arguments: Any,
+    config: BioConfig | None = None,
+    key: Tensor | None = None,
+    lr: Hyperparameter = 0.01,
+    optimizer: Any = None,
+    where: Selection = None,
+    **settings: Any,
+) -> Converted:
+    """Makes pure functions of a model in one line: `bio = bf.convert(model, crystal_thresh=1e-4)`.
+
+    `bio.apply(params, x)` runs it, and `bio.learn(params, grads, state)` learns with every mechanism in its place:
+
+        crystallize, the optimizer, volume_dependent_lr, fuzzy_learning_rates, descend, rejuvenation, Dale's principle
+
+    Args:
+        model: a module, which stays as it is; or a class or another function that makes one.
+        arguments: positional arguments of the class; `functools.partial` binds its keywords.
+        config: settings; default: `BioConfig()`.
+        key: from `biofunc.random.key`; default: `key(0)`.
+        lr: learning rate, >= 0, as `descend` takes it.
+        optimizer: an optimizer rule; default: `sgd()`.
+        where: which parameters are synapses, see `Chain.init`; default: the weights of Linear and Conv2d layers.
+        settings: those of `BioConfig`, by name; they override `config`.
+
+    Returns:
+        Converted: `apply`, `params`, `buffers`, `state`, `learn`; `init` starts ensembles and other parameters. With
+        `fuzzy_lr_distribution="activity"`, `learn` needs the signal `activity`; `record_activity(bio.model)` gives it.
+
+    Raises:
+        TypeError: a setting that does not exist, with the nearest one that does; what is given makes no module.
+        ValueError: the model has no synaptic layer, a value out of its range, a combination that has no meaning, or a
+            layer whose outputs cannot be split in `weight_splitting_Gamma`.
+
+    Source: pytorch_bio_transformations 0.0.5, `BioConverter`.
+
+    Differs: the model is copied, not changed; the last synaptic layer is found at any depth and not split; a projection
+    that MultiheadAttention does not call is not split; each mechanism differs as its rule says. Layers that cannot be
+    split are skipped by `split_synapses(model, gamma, skip=…)` before.
+    """
+    names = [field.name for field in dataclasses.fields(BioConfig)]
+    check_names(settings, [*names, "config", "key", "lr", "optimizer", "where"])
+    config = dataclasses.replace(config or BioConfig(), **settings)
+    module = _made(model, arguments)
+    where = _synapses(module) if where is None else where
+    params = {name: p.detach().clone() for name, p in module.named_parameters()}
+    paths = select_paths(where, params)
+    module = _split(module, config, set(paths))
+    learn = _learn(module, config, paths, lr, sgd() if optimizer is None else optimizer)
+    buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
+    params, state = _start(module, config, learn, where, params, make_key(0) if key is None else key)
+    return Converted(module, params, buffers, state, learn, config, where)
+
+
+def _made(model: Any, arguments: tuple[Any, ...]) -> nn.Module:
+    if isinstance(model, nn.Module):
+        if arguments:
+            raise TypeError(f"model is a module and takes no arguments, and {len(arguments)} were given")
+        made = copy.deepcopy(model)
+    else:
+        if not callable(model):
+            raise TypeError(
+                f"model is {type(model).__name__}; give an nn.Module, or a class or function that makes one"
+            )
+        made = model(*arguments)
+        if not isinstance(made, nn.Module):
+            raise TypeError(f"{model!r} made {type(made).__name__}; it must make an nn.Module")
+    for name, p in [*made.named_parameters(), *made.named_buffers()]:
+        if torch.nn.parameter.is_lazy(p):
+            raise ValueError(f"'{name}' has no shape yet; run the model once before it is converted")
+    return made
+
+
+def _synapses(model: nn.Module) -> Selection:
+    try:
+        return layers(model, nn.Linear, nn.Conv2d)
+    except ValueError as error:
+        raise ValueError(f"{error}; name its synapses, where='*.weight'") from None
+
+
+def _split(model: nn.Module, config: BioConfig, paths: set[str]) -> nn.Module:
+    if config.weight_splitting_Gamma <= 1:
+        return model
+    names = {id(p): name for name, p in model.named_parameters()}
+    uncalled = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    synaptic = {
+        name: id(m) not in uncalled
+        for name, m in model.named_modules()
+        if isinstance(m, SPLITTABLE) and names.get(id(m.weight)) in paths
+    }
+    skipped = [name for name, m in model.named_modules() if isinstance(m, SPLITTABLE) and not synaptic.get(name, False)]
+    skipped += list(synaptic)[-1:]
+    return split_synapses(
+        model,
+        config.weight_splitting_Gamma,
+        activation=config.weight_splitting_activation_function,
+        skip=skipped,
+    )
+
+
+def _learn(model: nn.Module, config: BioConfig, paths: list[str], lr: Hyperparameter, optimizer: Any) -> Chain:
+    used, bind = config.mechanisms, functools.partial
+    rules: list[Any] = []
+    if "crystallize" in used:
+        thresh, damping = config.crystal_thresh, config.dampening_factor
+        rules.append(bind(crystallize, crystal_thresh=thresh, dampening_factor=damping))
+    rules.append(optimizer)
+    if "volume_dependent_lr" in used:
+        names = ("base_lr", "stability_factor", "lr_variability")
+        rules.append(bind(volume_dependent_lr, **{name: getattr(config, name) for name in names}))
+    if "fuzzy_learning_rates" in used:
+        rules += _fuzzy(config, paths)
+    elif "crystallize" in used:
+        rules.append(bind(fuzzy_learning_rates, nu=0))
+    rules.append(descend(lr))
+    for rejuvenate in (rejuvenate_weights, rejuvenate_weights_lognormal):
+        if rejuvenate.__name__ in used:
+            bound = bind(rejuvenate, dre=config.rejuvenation_parameter_dre)
+            rules.append(every(config.rejuvenation_period, bound))
+    if config.apply_dales_principle:
+        rules.append(bind(enforce_dales_principle, axis=_axes(model)))
+    return chain(*rules)
+
+
+def _fuzzy(config: BioConfig, paths: list[str]) -> list[Any]:
+    """The rule that applies the rates, behind the one that lets them change, if any."""
+    nu, bounds = (
+        config.fuzzy_learning_rate_factor_nu,
+        {"rate_min": config.fuzzy_lr_min, "rate_max": config.fuzzy_lr_max},
+    )
+    bind, distribution = functools.partial, config.fuzzy_lr_distribution
+    if distribution == "temporal":
+        drift = bind(temporal_learning_rates, nu=nu, decay=config.fuzzy_lr_decay, **bounds)
+        return [every(config.fuzzy_lr_update_freq, drift), bind(fuzzy_learning_rates, nu=0)]
+    if distribution == "activity":
+        return [every(10, bind(activity_dependent_rates, nu=nu, **bounds)), bind(fuzzy_learning_rates, nu=0)]
+    if distribution == "layer_adaptive":
+        distribution = distributions.layer_adaptive(paths)
+    return [bind(fuzzy_learning_rates, nu=nu, distribution=distribution, **bounds)]
+
+
+def _start(
+    model: nn.Module, config: BioConfig, learn: Chain, where: Selection, params: Leaves, key: Tensor
+) -> tuple[Leaves, BioState]:
+    if not config.apply_dales_principle:
+        return params, learn.init(params, key, where=where)
+    impose = functools.partial(impose_dales_principle, axis=_axes(model))
+    state = init(params, key, impose, *learn.rules, where=where)
+    params, _, state = impose_dales_principle(params, params, state)
+    return params, state
+
+
+def _axes(model: nn.Module) -> Any:
+    try:
+        return presynaptic_axes(model)
+    except ValueError:  # no layer of torch: the synapses are those that `where` names, laid out as in Linear
+        return "presynaptic"
