@@ -17,11 +17,14 @@ def blocks():
 
 
 def test_every_example_runs(blocks):
-    namespace = {}
+    namespace, steps = {}, []
     with torch.random.fork_rng():
         for block in blocks:
             exec(block, namespace)  # the README is our own text
-    assert namespace["state"].step.tolist() == [3] * 100
+            steps.append(namespace["state"].step.tolist())
+    assert steps[1] == [3] * 100, "the ensemble"
+    assert steps[3] == 1, "the converted model"
+    assert namespace["synapses"].state.step == 3
     state = namespace["learn"].init({"w": torch.ones(2, 2)}, bf.random.key(0))
     params, _, state = namespace["learn"]({"w": torch.ones(2, 2)}, {"w": torch.ones(2, 2)}, state)
     assert params["w"].shape == (2, 2)
@@ -34,4 +37,5 @@ def test_quickstart_has_at_most_15_lines(blocks):
 def test_table_of_mechanisms_names_every_one():
     text = README.read_text()
     for name in bf.__all__:
-        assert name in text or name in ("BioState", "Chain", "Hyperparameter", "Rule", "init", "layers"), name
+        made = ("Attachment", "BioState", "Chain", "Converted", "Hyperparameter", "Rule")  # what calls return
+        assert name in text or name in (*made, "init", "layers"), name
