@@ -82,8 +82,6 @@ def activity_dependent_rates(
     Differs: activity is given, not counted by the forward pass, so that evaluation changes nothing; all neurons are
     drawn at once; crystallised rates stay so.
     """
-    if activity is GIVEN:
-        raise TypeError(f"{name}: activity is missing; hand it over: learn(params, grads, state, activity=…)")
     (u,) = noise.draw(params, "uniform")
     innate: Leaves = {}
     for path, w in params.items():

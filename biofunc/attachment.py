@@ -33,6 +33,9 @@ class Step:
 class Attachment:
     """Rules that act at each step of a torch.optim optimizer; made by `attach`.
 
+    An error in a gradient rule leaves everything as it was before the step; an error in an update or weight rule leaves
+    what the optimizer has done.
+
     Attributes:
         state: the BioState, replaced at each step.
         rules: the rules under "gradient", "update" and "weight".
@@ -66,7 +69,7 @@ class Attachment:
                 signature declares.
 
         Raises:
-            TypeError: no rule takes a signal of this name at a step.
+            TypeError, ValueError: no rule takes a signal of this name at a step, or a number is out of its range.
         """
         rules = [rule for group in self.rules.values() for rule in group]
         for name in signals:
@@ -76,15 +79,17 @@ class Attachment:
                 raise TypeError(f"no attached rule takes '{name}'; they take: {', '.join(accepted) or 'nothing'}")
             for rule in takers:
                 rule.check_keyword(name, at_step=True)
+                rule.check_value(name, signals[name])
         self._signals.update(signals)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs beside those of model and optimizer.
 
         Returns:
-            The state and the names of the rules; `torch.load(…, weights_only=True)` reads it after `import biofunc`.
+            The state, the names of the rules, and the paths of parameters whose synapses may differ in age;
+            `torch.load(…, weights_only=True)` reads it after `import biofunc`.
         """
-        return {"state": self.state, "rules": self._names()}
+        return {"state": self.state, "rules": self._names(), "aged": sorted(self._aged)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Goes on from a checkpoint; model and optimizer load theirs by themselves.
@@ -95,7 +100,7 @@ class Attachment:
         Raises:
             KeyError, TypeError, ValueError: it was made for other rules or another model; nothing is changed then.
         """
-        for name in ("state", "rules"):
+        for name in ("state", "rules", "aged"):
             if name not in state_dict:
                 raise KeyError(f"state_dict has no '{name}'; give what Attachment.state_dict() returned")
         given = state_dict["state"]
@@ -107,7 +112,7 @@ class Attachment:
             difference = sorted(set(given.layout) ^ set(self.state.layout)) or [given.layout[0]]
             raise ValueError(f"state_dict was made for other parameters; they differ first at {difference[0]}")
         old, new = trees.flatten(self.state)[0], trees.flatten(given)[0]
-        for path in old.keys() ^ new.keys():
+        for path in sorted(old.keys() ^ new.keys()):
             where = "state_dict lacks" if path in old else "the attached rules do not have"
             raise KeyError(f"{where} '{path}'; attach the rules with the options they had")
         for path, leaf in old.items():
@@ -116,7 +121,7 @@ class Attachment:
                 raise ValueError(f"state_dict leaf '{path}' has shape {shapes}")
         structure = trees.flatten(given)[1]
         self.state = trees.unflatten(structure, {path: leaf.to(old[path]) for path, leaf in new.items()})
-        self._aged = set(self._params)
+        self._aged = set(state_dict["aged"])
 
     def detach(self) -> None:
         """Takes the rules off the optimizer, which goes on by itself; the parameters stay as they are."""
@@ -137,11 +142,7 @@ class Attachment:
         if found_inf is not None and bool(found_inf):  # a fused optimizer skips this step, and so do the rules
             return None
         for rule in [rule for group in self.rules.values() for rule in group]:
-            for name in rule.needs:
-                if name not in rule.bound and name not in self._signals:
-                    raise TypeError(
-                        f"{rule.name} needs {name}; hand it over before optimizer.step(): attachment.signal({name}=…)"
-                    )
+            rule.check_needs(self._signals, "attachment.signal({0}={0})")
         params = {path: p.detach() for path, p in self._params.items()}
         before = params
         if self.rules["update"] or self.rules["weight"]:
@@ -224,7 +225,7 @@ class Attachment:
         updates = {}
         for path in step.raw:
             before, after = step.before[path], step.params[path]
-            if path in self._aged and optimizer.state.get(self._params[path]):
+            if path in self._aged and path in groups and optimizer.state.get(self._params[path]):
                 memory = optimizer.state[self._params[path]]
                 updates[path] = torch_memory.adam_update(groups[path], memory, before, born[path])
             else:

@@ -5,6 +5,8 @@ import difflib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from biofunc import distributions
 from biofunc.crystallize import crystallize
 from biofunc.fuzzy import fuzzy_learning_rates
@@ -40,7 +42,13 @@ MECHANISMS = (
 DYNAMIC = ("temporal", "activity")
 DISTRIBUTIONS = (*distributions.NAMED, "layer_adaptive", *DYNAMIC)
 
-_INTEGERS = {"weight_splitting_Gamma": 0, "fuzzy_lr_update_freq": 1, "rejuvenation_period": 1}
+_INTEGERS = {
+    "weight_splitting_Gamma": 0,
+    "fuzzy_lr_update_freq": 1,
+    "fuzzy_lr_layer_index": -1,
+    "fuzzy_lr_total_layers": -1,
+    "rejuvenation_period": 1,
+}
 _FLAGS = ("fuzzy_lr_dynamic", "apply_dales_principle")
 
 
@@ -71,6 +79,7 @@ class BioConfig:
         rejuvenation_period: steps from one rejuvenation to the next, at least 1. The original leaves it to the loop and
             suggests an epoch.
         weight_splitting_Gamma: contacts per connection; 0 or 1: off.
+        weight_splitting_skip: layers that stay whole: "last", globs on their names, or None, as for `split_synapses`.
         weight_splitting_activation_function: applied to each contact; a function or module without parameters.
         apply_dales_principle: signs of the majority are imposed at the start and enforced at each step.
         base_lr: factor on the learning rate of a synapse of no volume, > 0.
@@ -105,6 +114,7 @@ class BioConfig:
     rejuvenation_parameter_dre: Hyperparameter = 8.0
     rejuvenation_period: int = 100
     weight_splitting_Gamma: int = 0  # noqa: N815, the name that the original's users know
+    weight_splitting_skip: str | Sequence[str] | None = "last"
     weight_splitting_activation_function: Callable[..., Any] | None = None
     apply_dales_principle: bool = False
     base_lr: Hyperparameter = 0.1
@@ -132,6 +142,8 @@ class BioConfig:
         for field in _FLAGS:
             if not isinstance(getattr(self, field), bool):
                 raise TypeError(f"BioConfig: {field} is {getattr(self, field)!r}; it must be True or False")
+        if not isinstance(self.mechanisms, Iterable):
+            raise TypeError(f"BioConfig: mechanisms is {self.mechanisms!r}; it must be a tuple of names")
         if isinstance(self.mechanisms, str):
             raise TypeError(f"BioConfig: mechanisms is {self.mechanisms!r}; give several, ({self.mechanisms!r},)")
         object.__setattr__(self, "mechanisms", tuple(self.mechanisms))
@@ -141,11 +153,24 @@ class BioConfig:
             distribution = str.__str__(distribution)  # of the original's Enum, whose members are strings
             object.__setattr__(self, "fuzzy_lr_distribution", distribution)
             check_names([distribution], DISTRIBUTIONS, "fuzzy_lr_distribution has no")
+        elif isinstance(distribution, type) or not callable(distribution):
+            raise TypeError(f"BioConfig: fuzzy_lr_distribution is {distribution!r}; it must be a name or a function")
+        skip = self.weight_splitting_skip
+        if skip is not None and not (isinstance(skip, Sequence) and all([isinstance(glob, str) for glob in skip])):
+            raise TypeError(f"BioConfig: weight_splitting_skip is {skip!r}; give 'last', names of layers, or None")
+        activation = self.weight_splitting_activation_function
+        if activation is not None and (isinstance(activation, type) or not callable(activation)):
+            raise TypeError(
+                f"BioConfig: weight_splitting_activation_function is {activation!r}; give a function of a tensor, "
+                "torch.relu or torch.nn.ReLU()"
+            )
         if distribution in DYNAMIC and not self.fuzzy_lr_dynamic:
             raise ValueError(
                 f"BioConfig: fuzzy_lr_distribution is '{distribution}' and fuzzy_lr_dynamic False, so that the rates "
                 "would never change; set fuzzy_lr_dynamic=True, or another distribution"
             )
+        if distribution in DYNAMIC and not isinstance(self.fuzzy_lr_min, Tensor) and not self.fuzzy_lr_min:
+            raise ValueError(f"BioConfig: fuzzy_lr_min is 0; with the distribution '{distribution}' it lies in (0, 1]")
         if self.apply_dales_principle and gamma > 1:
             raise ValueError(
                 f"BioConfig: apply_dales_principle with weight_splitting_Gamma={gamma} would give the contacts of one "

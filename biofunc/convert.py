@@ -3,12 +3,14 @@
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import glob
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
 
 from biofunc import distributions
 from biofunc.activity_rates import activity_dependent_rates
@@ -23,13 +25,14 @@ from biofunc.keys import key as make_key
 from biofunc.lognormal import rejuvenate_weights_lognormal
 from biofunc.rejuvenate import rejuvenate_weights
 from biofunc.rule import Hyperparameter
-from biofunc.selection import Selection, layers, select_paths
+from biofunc.selection import ByPath, Selection, layers, select_paths
 from biofunc.sgd import sgd
-from biofunc.splitting import SPLITTABLE, split_synapses
+from biofunc.splitting import SPLITTABLE, skipped, split_synapses
 from biofunc.state import BioState
 from biofunc.temporal import temporal_learning_rates
 from biofunc.trees import Leaves
 from biofunc.volume import volume_dependent_lr
+from biofunc.where import where as only_where
 
 __all__ = ["Converted", "convert"]
 
@@ -84,8 +87,8 @@ class Converted:
             What the model returns, and the new buffers.
         """
         # What the model writes into must be batched under vmap if anything that it may write is
-        batched = [leaf for leaf in [*params.values(), *inputs] if isinstance(leaf, Tensor)]
-        zero = sum([leaf.detach().reshape(-1)[:0].sum() for leaf in batched], torch.zeros(()))
+        batched = [leaf for leaf in tree_leaves((dict(params), inputs, keywords)) if isinstance(leaf, Tensor)]
+        zero = sum([leaf.detach().reshape(-1)[:0].ne(0).sum() for leaf in batched], torch.zeros(()))
         new = {name: buffer + zero.to(buffer) for name, buffer in buffers.items()}
         return functional_call(self.model, {**new, **params}, inputs, keywords), new
 
@@ -143,11 +146,12 @@ def convert(
     Source: pytorch_bio_transformations 0.0.5, `BioConverter`.
 
     Differs: the model is copied, not changed; the last synaptic layer is found at any depth and not split; a projection
-    that MultiheadAttention does not call is not split; each mechanism differs as its rule says. Layers that cannot be
-    split are skipped by `split_synapses(model, gamma, skip=…)` before.
+    that MultiheadAttention does not call is not split; each mechanism differs as its rule says.
     """
     names = [field.name for field in dataclasses.fields(BioConfig)]
     check_names(settings, [*names, "config", "key", "lr", "optimizer", "where"])
+    if not isinstance(config, BioConfig | None):
+        raise TypeError(f"config is {type(config).__name__}; give a BioConfig, bf.BioConfig(**config)")
     config = dataclasses.replace(config or BioConfig(), **settings)
     module = _made(model, arguments)
     where = _synapses(module) if where is None else where
@@ -164,7 +168,7 @@ def _made(model: Any, arguments: tuple[Any, ...]) -> nn.Module:
     if isinstance(model, nn.Module):
         if arguments:
             raise TypeError(f"model is a module and takes no arguments, and {len(arguments)} were given")
-        made = copy.deepcopy(model)
+        made = model
     else:
         if not callable(model):
             raise TypeError(
@@ -173,6 +177,7 @@ def _made(model: Any, arguments: tuple[Any, ...]) -> nn.Module:
         made = model(*arguments)
         if not isinstance(made, nn.Module):
             raise TypeError(f"{model!r} made {type(made).__name__}; it must make an nn.Module")
+    made = copy.deepcopy(made)  # a function may hand out a module that others use
     for name, p in [*made.named_parameters(), *made.named_buffers()]:
         if torch.nn.parameter.is_lazy(p):
             raise ValueError(f"'{name}' has no shape yet; run the model once before it is converted")
@@ -187,23 +192,34 @@ def _synapses(model: nn.Module) -> Selection:
 
 
 def _split(model: nn.Module, config: BioConfig, paths: set[str]) -> nn.Module:
-    if config.weight_splitting_Gamma <= 1:
+    gamma = config.weight_splitting_Gamma
+    if gamma <= 1:
         return model
-    names = {id(p): name for name, p in model.named_parameters()}
+    called = list(_called(model, paths))
+    spared = skipped(called, config.weight_splitting_skip)
+    split = [name for name in called if name not in spared]
+    if not split:
+        raise ValueError(
+            f"weight_splitting_Gamma is {gamma} and no layer is left to split beyond "
+            f"weight_splitting_skip={config.weight_splitting_skip!r}"
+        )
+    others = [name for name, m in model.named_modules() if isinstance(m, SPLITTABLE) and name not in split]
+    activation = config.weight_splitting_activation_function
+    return split_synapses(model, gamma, activation=activation, skip=[glob.escape(name) for name in others])
+
+
+def _called(model: nn.Module, paths: Collection[str]) -> dict[str, str]:
+    """Linear and Conv layers with synapses, by name, and their weights' paths.
+
+    Left out are those that their owner never calls: MultiheadAttention multiplies by its projection's weight itself.
+    """
+    names = {id(p): path for path, p in model.named_parameters()}
     uncalled = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
-    synaptic = {
-        name: id(m) not in uncalled
+    return {
+        name: names[id(m.weight)]
         for name, m in model.named_modules()
-        if isinstance(m, SPLITTABLE) and names.get(id(m.weight)) in paths
+        if isinstance(m, SPLITTABLE) and id(m) not in uncalled and names.get(id(m.weight)) in paths
     }
-    skipped = [name for name, m in model.named_modules() if isinstance(m, SPLITTABLE) and not synaptic.get(name, False)]
-    skipped += list(synaptic)[-1:]
-    return split_synapses(
-        model,
-        config.weight_splitting_Gamma,
-        activation=config.weight_splitting_activation_function,
-        skip=skipped,
-    )
 
 
 def _learn(model: nn.Module, config: BioConfig, paths: list[str], lr: Hyperparameter, optimizer: Any) -> Chain:
@@ -217,7 +233,7 @@ def _learn(model: nn.Module, config: BioConfig, paths: list[str], lr: Hyperparam
         names = ("base_lr", "stability_factor", "lr_variability")
         rules.append(bind(volume_dependent_lr, **{name: getattr(config, name) for name in names}))
     if "fuzzy_learning_rates" in used:
-        rules += _fuzzy(config, paths)
+        rules += _fuzzy(model, config, paths)
     elif "crystallize" in used:
         rules.append(bind(fuzzy_learning_rates, nu=0))
     rules.append(descend(lr))
@@ -230,7 +246,7 @@ def _learn(model: nn.Module, config: BioConfig, paths: list[str], lr: Hyperparam
     return chain(*rules)
 
 
-def _fuzzy(config: BioConfig, paths: list[str]) -> list[Any]:
+def _fuzzy(model: nn.Module, config: BioConfig, paths: list[str]) -> list[Any]:
     """The rule that applies the rates, behind the one that lets them change, if any."""
     nu, bounds = (
         config.fuzzy_learning_rate_factor_nu,
@@ -241,7 +257,9 @@ def _fuzzy(config: BioConfig, paths: list[str]) -> list[Any]:
         drift = bind(temporal_learning_rates, nu=nu, decay=config.fuzzy_lr_decay, **bounds)
         return [every(config.fuzzy_lr_update_freq, drift), bind(fuzzy_learning_rates, nu=0)]
     if distribution == "activity":
-        return [every(10, bind(activity_dependent_rates, nu=nu, **bounds)), bind(fuzzy_learning_rates, nu=0)]
+        recorded = ByPath(frozenset(_called(model, paths).values()))
+        redraw = every(10, bind(activity_dependent_rates, nu=nu, **bounds))
+        return [only_where(recorded, redraw), bind(fuzzy_learning_rates, nu=0)]
     if distribution == "layer_adaptive":
         distribution = distributions.layer_adaptive(paths)
     return [bind(fuzzy_learning_rates, nu=nu, distribution=distribution, **bounds)]

@@ -5,8 +5,11 @@ does the rest: trees to dicts and back, the selection of synapses, hyperparamete
 schedules, checks, half precision, noise and memory.
 """
 
+import dataclasses
 import functools
+import importlib
 import inspect
+import pickle
 from collections.abc import Callable, Mapping
 from typing import Any, Concatenate, ParamSpec, cast, get_args
 
@@ -98,7 +101,7 @@ def rule(
         made = Rule(
             name=function.__name__.lstrip("_"),
             phase=phase,
-            transform=functools.partial(_transform, function),
+            transform=_Transform(function),
             initialise=functools.partial(_initialise, init, init_keywords) if init or memory else None,
             keywords=keywords,
             at_init=at_init,
@@ -137,6 +140,26 @@ def rule(
         return cast(OnTrees[P], call)
 
     return decorate
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Transform:
+    """A formula on the leaves of a tree; pickled by name, under which its module has the decorated function."""
+
+    function: Callable[..., Flat]
+
+    def __call__(self, rule: Rule, params: Leaves, grads: Leaves, state: BioState, keywords: dict[str, Any]) -> Flat:
+        return _transform(self.function, rule, params, grads, state, keywords)
+
+    def __reduce__(self) -> Any:
+        module, name = self.function.__module__, self.function.__qualname__
+        if "<locals>" in name:
+            raise pickle.PicklingError(f"rule {name} is made inside a function; define it in a module to pickle it")
+        return _transform_of, (module, name)
+
+
+def _transform_of(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(module), name).rule.transform
 
 
 def _transform(

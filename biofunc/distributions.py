@@ -6,6 +6,7 @@ standard deviation of the others. A distribution of one's own has the same signa
 they give, which lifts or lowers the mean of a wide distribution.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -141,16 +142,21 @@ def layer_adaptive(paths: Sequence[str]) -> Distribution:
     Returns:
         The distribution; mean 1. It raises a KeyError for a leaf that is not among the paths.
     """
-    depth = {path: index / len(paths) for index, path in enumerate(paths)}
+    return _LayerAdaptive({path: index / len(paths) for index, path in enumerate(paths)})
 
-    def distribution(key: Tensor, weight: Tensor, nu: float | Tensor, path: str) -> Tensor:
-        if path not in depth:
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _LayerAdaptive:
+    """Uniform rates that narrow with depth; a class, so that it can be pickled."""
+
+    depth: dict[str, float]
+
+    def __call__(self, key: Tensor, weight: Tensor, nu: float | Tensor, path: str) -> Tensor:
+        if path not in self.depth:
             raise KeyError(
                 f"layer_adaptive was made without '{path}'; name the leaves from the first layer to the last"
             )
-        return uniform(key, weight, nu * (1 - depth[path] / 2), path)
-
-    return distribution
+        return uniform(key, weight, nu * (1 - self.depth[path] / 2), path)
 
 
 NAMED: dict[str, Distribution] = {

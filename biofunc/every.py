@@ -1,6 +1,7 @@
 """Rules that act at some steps only: synapses turn over by the day, not by the millisecond."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,16 +42,26 @@ def every(n: int, rule: Any) -> Rule:
             f"every({n}, {inner.name}) would hand raw gradients on in between; an optimizer acts at every step"
         )
 
-    def transform(self: Rule, params: Leaves, grads: Leaves, state: BioState, keywords: dict[str, Any]) -> Flat:
-        fires = (state.step + 1) % n == 0
+    return dataclasses.replace(
+        inner, transform=_Periodic(n, inner.transform), wrappers=(f"every({n}, ", *inner.wrappers)
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Periodic:
+    """What a rule does at every n-th step; a class, so that it can be pickled."""
+
+    n: int
+    inner: Callable[..., Flat]
+
+    def __call__(self, rule: Rule, params: Leaves, grads: Leaves, state: BioState, keywords: dict[str, Any]) -> Flat:
+        fires = (state.step + 1) % self.n == 0
         known = _value_if_known(fires)
         if known is None:
-            new = inner.transform(self, params, grads, state, keywords)
+            new = self.inner(rule, params, grads, state, keywords)
             fields = {name: _select_leaves(fires, getattr(new[2], name), getattr(state, name)) for name in DATA}
             return _select_leaves(fires, new[0], params), _select_leaves(fires, new[1], grads), state.replace(**fields)
-        return inner.transform(self, params, grads, state, keywords) if known else (params, grads, state)
-
-    return dataclasses.replace(inner, transform=transform, wrappers=(f"every({n}, ", *inner.wrappers))
+        return self.inner(rule, params, grads, state, keywords) if known else (params, grads, state)
 
 
 def _select_leaves(fires: Tensor, new: Any, old: Any) -> Any:

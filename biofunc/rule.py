@@ -171,6 +171,13 @@ class Rule:
                 f"bind it before: bf.init(params, key, functools.partial(rule, {name}=…))"
             )
 
+    def check_needs(self, signals: Mapping[str, Any], hand_over: str = "learn(params, grads, state, {0}={0})") -> None:
+        """Raises a TypeError if a signal without which the rule cannot run is neither bound nor handed over."""
+        for name in self.needs:
+            if name not in self.bound and name not in signals:
+                how = f"{hand_over.format(name)}" + ("; bf.record_activity(model) records it" * (name == "activity"))
+                raise TypeError(f"{self.name}: {name} is missing; hand it over at each step, {how}")
+
     def check_value(self, name: str, value: Any) -> None:
         if name in self.choices and not any(value is choice or value == choice for choice in self.choices[name]):
             shown = " or ".join(map(repr, self.choices[name]))
@@ -244,6 +251,8 @@ def on_trees(
             raise TypeError(f"no rule of the chain takes '{name}'; they take: {', '.join(accepted) or 'nothing'}")
         for rule in takers or rules:
             rule.check_keyword(name, at_step=True)
+    for rule in rules:
+        rule.check_needs(signals)
     flat_params, params_structure = trees.flatten(params)
     flat_grads, grads_structure = trees.flatten(grads)
     _check_inputs(flat_params, flat_grads, state)

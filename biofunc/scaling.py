@@ -126,9 +126,8 @@ def synaptic_scaling(
 def _observed(activity: Any, path: str, w: Tensor) -> Tensor:
     if not isinstance(activity, Mapping):
         raise TypeError(
-            f"synaptic_scaling: activity is {'missing' if activity is GIVEN else type(activity).__name__}; hand over a "
-            "dict by path at each step, learn(params, grads, state, activity=activity); bf.record_activity(model) "
-            "records it"
+            f"synaptic_scaling: activity is {type(activity).__name__}; hand over a dict by path at each step, "
+            "learn(params, grads, state, activity=activity); bf.record_activity(model) records it"
         )
     if path not in activity:
         raise KeyError(

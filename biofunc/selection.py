@@ -34,16 +34,27 @@ def layers(model: nn.Module, *types: type[nn.Module]) -> Callable[[str, Tensor],
     for kind in types:
         if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
             raise TypeError(f"types holds {kind!r}; give layer classes, bf.layers(model, torch.nn.Linear)")
+    paths = {id(parameter): path for path, parameter in model.named_parameters()}  # a tied one has its first name
     names = {
-        f"{prefix}.{name}".lstrip(".")
-        for prefix, module in model.named_modules()
+        paths[id(parameter)]
+        for module in model.modules()
         if isinstance(module, types)
-        for name, parameter in module.named_parameters(recurse=False)
+        for parameter in module.parameters(recurse=False)
         if parameter.dim() >= 2
     }
     if not names:
         raise ValueError(f"the model has no layer of type {', '.join([t.__name__ for t in types]) or '(none given)'}")
-    return lambda path, leaf: path in names
+    return ByPath(frozenset(names))
+
+
+@dataclasses.dataclass(frozen=True)
+class ByPath:
+    """Selects by path; a class, so that it can be pickled."""
+
+    names: frozenset[str]
+
+    def __call__(self, path: str, leaf: Tensor) -> bool:
+        return path in self.names
 
 
 def is_synapse(path: str, leaf: Tensor) -> bool:

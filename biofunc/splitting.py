@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 __all__ = ["split_synapses"]
 
@@ -113,12 +114,14 @@ def split_synapses(
         raise ValueError(f"gamma is {gamma}; a connection has at least 1 contact")
     split = copy.deepcopy(model)
     layers = {name: module for name, module in split.named_modules() if isinstance(module, SPLITTABLE)}
-    for name in _skipped(list(layers), skip):
+    for name in skipped(list(layers), skip):
         del layers[name]
     _check_called(split, layers)
     if not layers:
         raise ValueError(f"no layer is left to split: the model has no Linear or Conv layer beyond skip={skip!r}")
     for name, layer in layers.items():
+        if is_lazy(layer.weight):  # it would become a plain layer at its first call
+            raise ValueError(f"layer '{name}' has no shape yet; run the model once before it is split")
         features = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
         if features % gamma:
             raise ValueError(f"gamma is {gamma} and does not divide the {features} outputs of layer '{name}'; skip it")
@@ -140,7 +143,8 @@ def split_synapses(
     return split
 
 
-def _skipped(names: list[str], skip: str | Sequence[str] | None) -> list[str]:
+def skipped(names: list[str], skip: str | Sequence[str] | None) -> list[str]:
+    """Names of the layers that `skip` spares; raises a ValueError for a glob that matches nothing."""
     if skip is None:
         return []
     if skip == "last":

@@ -59,13 +59,14 @@ def expose(optimizer: optim.Optimizer, params: dict[str, nn.Parameter], state: B
     entries: dict[str, Leaves] = {}
     fresh: dict[str, float] = {}
     groups = groups_of(optimizer, params)
-    for path, p in params.items():
-        number = [group is groups[path] for group in optimizer.param_groups].index(True)
+    for path, group in groups.items():
+        p = params[path]
+        number = [group is other for other in optimizer.param_groups].index(True)
         for name, kept in optimizer.state.get(p, {}).items():
             if isinstance(kept, Tensor) and kept.shape == p.shape and kept.dim():
                 entry = f"{name} of group {number}"
                 entries.setdefault(entry, {})[path] = kept
-                fresh[entry] = float(groups[path][_FRESH[name]]) if name in _FRESH else 0.0
+                fresh[entry] = float(group[_FRESH[name]]) if name in _FRESH else 0.0
     born = state.slots.get(SLOT, {}).get("born", {})
     ages = {path: _count(optimizer, params[path]) - born[path] for path in params if path in born}
     if isinstance(optimizer, optim.LBFGS):
@@ -101,7 +102,8 @@ def adam_update(group: dict[str, Any], memory: dict[str, Any], before: Tensor, b
     """Adam's update of a tensor whose synapses have ages of their own."""
     dtype = compute_dtype(before)
     beta1, beta2 = group["betas"]
-    age = memory["step"].to(before.device, dtype) - born
+    # Below 1 only when the optimizer has loaded a state from before the re-drawing
+    age = (memory["step"].to(before.device, dtype) - born).clamp(min=1)
     square = memory["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"].to(dtype)
     mean = memory["exp_avg"].to(dtype) / (1 - beta1**age)
     update: Tensor = group["lr"] * mean / ((square / (1 - beta2**age)).sqrt() + group["eps"])

@@ -1,5 +1,7 @@
 """Networks of the shapes that people train, for tests and benchmarks."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -8,7 +10,7 @@ def mlp(inputs: int = 64, hidden: tuple[int, ...] = (128, 64), outputs: int = 10
     """A perceptron with biases and ReLU."""
     sizes = [inputs, *hidden]
     layers: list[nn.Module] = []
-    for before, after in zip(sizes[:-1], sizes[1:], strict=True):
+    for before, after in pairwise(sizes):
         layers += [nn.Linear(before, after), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(sizes[-1], outputs))
 

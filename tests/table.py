@@ -47,7 +47,7 @@ def _driven(function: Any) -> Callable[..., Rule]:
             activity = {path: w.abs().flatten(1).sum(1) for path, w in values.items() if w.dim() >= 2}
             return inner.transform(rule, params, grads, state, {**given, "activity": activity})
 
-        return dataclasses.replace(inner, transform=transform)
+        return dataclasses.replace(inner, transform=transform, needs=())
 
     return make
 
@@ -190,7 +190,9 @@ TABLE = {
 }
 
 NOT_RULES = {
+    "attach",
     "chain",
+    "convert",
     "every",
     "init",
     "l1_penalty",
