@@ -20,6 +20,7 @@ from torch.func import functional_call
 
 from biofunc.rule import compute_dtype
 from biofunc.trees import Leaves
+from biofunc.wrappers import unwrapped
 
 __all__ = ["record_activity"]
 
@@ -99,6 +100,31 @@ class Recorder:
         return f"record_activity({type(self.model).__name__}: {', '.join(self.paths)})"
 
 
+def observed(rule: str, activity: Any, path: str, w: Tensor) -> Tensor:
+    """The activity of a weight's postsynaptic neurons out of what a rule was handed; raises if it is not there."""
+    if not isinstance(activity, Mapping):
+        raise TypeError(
+            f"{rule}: activity is {type(activity).__name__}; hand over a dict by path at each step; "
+            "bf.record_activity(model) records it"
+        )
+    if path not in activity:
+        raise KeyError(
+            f"{rule}: activity has no leaf '{path}', only: {', '.join(activity) or '(none)'}; record it "
+            "(bf.record_activity does for Linear and Conv layers), or leave it out with bf.where(selection, rule)"
+        )
+    a = activity[path]
+    if not isinstance(a, Tensor):
+        raise TypeError(
+            f"{rule}: activity leaf '{path}' is {type(a).__name__}; it must be a tensor, one value per neuron"
+        )
+    if a.shape != w.shape[:1]:
+        raise ValueError(
+            f"{rule}: activity leaf '{path}' has shape {tuple(a.shape)}, its neurons (axis 0 of the weight) "
+            f"{tuple(w.shape[:1])}"
+        )
+    return a.to(w.dtype)
+
+
 def record_activity(model: nn.Module, *, measure: Callable[[Tensor], Tensor] = torch.relu) -> Recorder:
     """Makes a pure function that runs a model and tells how active each of its neurons was.
 
@@ -128,7 +154,7 @@ def record_activity(model: nn.Module, *, measure: Callable[[Tensor], Tensor] = t
         raise TypeError(f"model is {type(model).__name__}; record_activity takes an nn.Module")
     if isinstance(measure, type) or not callable(measure):
         raise TypeError(f"measure is {measure!r}; give a function of a tensor, torch.relu or torch.nn.ReLU()")
-    recorded, tape = copy.deepcopy(model), Tape()
+    recorded, tape = copy.deepcopy(unwrapped(model)), Tape()
     names = {id(parameter): name for name, parameter in recorded.named_parameters()}
     paths = set()
     for module in recorded.modules():

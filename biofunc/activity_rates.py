@@ -11,7 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from biofunc.decorator import GIVEN, rule
+from biofunc.activity import observed
+from biofunc.decorator import GIVEN, REQUIRED, rule
 from biofunc.noise import Noise
 from biofunc.reductions import finite_mean
 from biofunc.rule import Hyperparameter
@@ -39,7 +40,7 @@ def activity_dependent_rates(
     grads: Leaves,
     state: BioState,
     *,
-    activity: Mapping[str, Tensor] = GIVEN,
+    activity: Mapping[str, Tensor] = REQUIRED,
     nu: Hyperparameter = 0.16,
     gain: Hyperparameter = 0.1,
     rate_min: Hyperparameter = 0.5,
@@ -85,12 +86,7 @@ def activity_dependent_rates(
     (u,) = noise.draw(params, "uniform")
     innate: Leaves = {}
     for path, w in params.items():
-        if path not in activity:
-            raise KeyError(f"{name}: activity has no '{path}'; restrict the rule with bf.where or record that layer")
-        neurons = activity[path].to(w.dtype)
-        if neurons.shape != w.shape[:1]:
-            shapes = f"{tuple(neurons.shape)} for weights {tuple(w.shape)}"
-            raise ValueError(f"{name}: activity of '{path}' has shape {shapes}; give one number per neuron")
+        neurons = observed(name, activity, path, w)
         mean = finite_mean(neurons)
         relative = torch.where(mean > 0, neurons / torch.where(mean > 0, mean, 1.0), 1.0).nan_to_num(nan=1.0)
         width = nu * (2 - (1 + gain * (relative - 1)).clamp(0.8, 1.2)).reshape(-1, *[1] * (w.dim() - 1))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn, optim
+from torch.nn.parameter import is_lazy
 
 from biofunc import torch_memory
 from biofunc.adam import adam
@@ -18,6 +19,7 @@ from biofunc.descend import descend
 from biofunc.rule import Rule, as_rule, named
 from biofunc.selection import Selection
 from biofunc.sgd import sgd
+from biofunc.wrappers import parallel_wrapper, unwrapped
 
 __all__ = ["attach"]
 
@@ -60,8 +62,11 @@ def attach(
     Returns:
         The Attachment, with `state`, `signal`, `state_dict`, `load_state_dict` and `detach`. Parameters without a
         gradient (frozen, or not used in this step) are left out of the step, with all that is kept about them, as
-        torch.optim does. Where a rule re-draws synapses, the optimizer's weight-shaped memory of them restarts; Adam
-        and AdamW also count their age, LBFGS restarts as a whole, and in others a count of steps goes on.
+        torch.optim does. Where a rule re-draws synapses, the optimizer's weight-shaped memory of them restarts. Adam
+        and AdamW also count their age, LBFGS restarts as a whole, and in others a count of steps goes on: the first move
+        of a new synapse at step 200 is, in learning rates, 1.0 with Adam and Adafactor, 0.4 with RAdam, 0.1 with Adamax,
+        and 10 with RMSprop, as at its own start. LBFGS reads curvature off its own moves: update and weight rules that
+        act strongly spoil it.
 
     Raises:
         TypeError: an argument of another kind, or no rule.
@@ -80,18 +85,22 @@ def attach(
         for place, given in {"gradient": gradient, "update": update, "weight": weight}.items()
     }
     _check_order(rules, optimizer)
-    parallel, model = isinstance(model, nn.parallel.DistributedDataParallel), _unwrapped(model)
+    parallel, model = parallel_wrapper(model), unwrapped(model)
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for path, p in model.named_parameters():
+        if is_lazy(p):
+            raise ValueError(f"'{path}' has no shape yet; run the model once before rules are attached")
     params = {path: p for path, p in model.named_parameters() if id(p) in trained}
+    others = {id(p): path for path, p in model.named_parameters() if id(p) not in trained}
     if not params:
         raise ValueError("optimizer trains none of the model's parameters; make it with model.parameters()")
     copies = {path: p.detach().clone() for path, p in params.items()}
     state = init(copies, key, *[rule for group in rules.values() for rule in group], where=where)
     if any(rule.redraws for rule in rules["weight"]) and torch_memory.counts_age(optimizer):
         state = state.with_slot(torch_memory.SLOT, born=torch_memory.unborn({p: copies[p] for p in state.plasticity}))
-    if parallel:
-        _check_ranks(state.key)
-    return Attachment(optimizer, params, rules, state)
+    if parallel is not None:
+        _check_ranks(state.key, parallel.process_group)
+    return Attachment(optimizer, params, rules, state, others)
 
 
 def _rules_for(place: str, given: Any) -> tuple[Rule, ...]:
@@ -125,22 +134,14 @@ def _check_order(rules: dict[str, tuple[Rule, ...]], optimizer: optim.Optimizer)
             "update=[functools.partial(bf.fuzzy_learning_rates, nu=0)], which applies them and draws none"
         )
     step = named(f"torch.optim.{name}", adam() if scale_free else sgd())
+    if isinstance(optimizer, optim.NAdam) and any(rule.redraws for rule in rules["weight"]):
+        raise ValueError("NAdam would move a re-drawn synapse by 8 learning rates at once; use Adam or AdamW")
     chain(*rules["gradient"], step, *rules["update"], descend(1.0), *rules["weight"])
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):  # torch.compile(model)
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            return model
-
-
-def _check_ranks(key: Tensor) -> None:
-    keys = [torch.empty_like(key) for _ in range(dist.get_world_size())]
-    dist.all_gather(keys, key)
+def _check_ranks(key: Tensor, group: dist.ProcessGroup) -> None:
+    keys = [torch.empty_like(key) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(keys, key, group=group)
     for rank, other in enumerate(keys):
         if not torch.equal(other, key):
             raise ValueError(f"rank {rank} has another key, so its parameters would drift away; give all the same")

@@ -33,8 +33,8 @@ class Step:
 class Attachment:
     """Rules that act at each step of a torch.optim optimizer; made by `attach`.
 
-    An error in a gradient rule leaves everything as it was before the step; an error in an update or weight rule leaves
-    what the optimizer has done.
+    An error in a rule leaves parameters, gradients and state as they were before the step; when it comes from an update
+    or weight rule, or from a later evaluation of a closure, the optimizer's own memory has moved on.
 
     Attributes:
         state: the BioState, replaced at each step.
@@ -47,13 +47,17 @@ class Attachment:
         params: dict[str, nn.Parameter],
         rules: dict[str, tuple[Rule, ...]],
         state: BioState,
+        others: dict[int, str],
     ) -> None:
         self.rules = rules
         self.state = state
         self._params = params
+        self._others = others
         self._signals: dict[str, Any] = {}
         self._step: Step | None = None
         self._aged: set[str] = set()
+        self._attached = True
+        self._groups = len(optimizer.param_groups)
         self._redraws = any(rule.redraws for rule in rules["weight"])
         # The optimizer holds the hooks and thereby this object, which does not hold the optimizer: no cycle keeps both
         self._handles = [
@@ -64,13 +68,18 @@ class Attachment:
     def signal(self, **signals: Any) -> None:
         """Hands signals to the rules of the coming step of the optimizer, which forgets them when it ends.
 
+        A step that `GradScaler` leaves out is none: the signals wait for the next one.
+
         Args:
             signals: by name, `activity=activity`, or a hyperparameter for this step; each rule gets those that its
                 signature declares.
 
         Raises:
             TypeError, ValueError: no rule takes a signal of this name at a step, or a number is out of its range.
+            RuntimeError: the rules are detached.
         """
+        if not self._attached:
+            raise RuntimeError("the rules are detached, so that no step would take the signals; attach them again")
         rules = [rule for group in self.rules.values() for rule in group]
         for name in signals:
             takers = [rule for rule in rules if name in rule.accepts]
@@ -101,7 +110,7 @@ class Attachment:
             KeyError, TypeError, ValueError: it was made for other rules or another model; nothing is changed then.
         """
         for name in ("state", "rules", "aged"):
-            if name not in state_dict:
+            if not isinstance(state_dict, Mapping) or name not in state_dict:
                 raise KeyError(f"state_dict has no '{name}'; give what Attachment.state_dict() returned")
         given = state_dict["state"]
         if not isinstance(given, BioState):
@@ -113,8 +122,10 @@ class Attachment:
             raise ValueError(f"state_dict was made for other parameters; they differ first at {difference[0]}")
         old, new = trees.flatten(self.state)[0], trees.flatten(given)[0]
         for path in sorted(old.keys() ^ new.keys()):
-            where = "state_dict lacks" if path in old else "the attached rules do not have"
-            raise KeyError(f"{where} '{path}'; attach the rules with the options they had")
+            where = "state_dict lacks" if path in old else "what is attached does not keep"
+            raise KeyError(
+                f"{where} '{path}'; attach the rules with the options they had, to the same kind of optimizer"
+            )
         for path, leaf in old.items():
             if new[path].shape != leaf.shape:
                 shapes = f"{tuple(new[path].shape)}, here {tuple(leaf.shape)}"
@@ -125,6 +136,7 @@ class Attachment:
 
     def detach(self) -> None:
         """Takes the rules off the optimizer, which goes on by itself; the parameters stay as they are."""
+        self._attached = False
         for handle in self._handles:
             handle.remove()
 
@@ -137,10 +149,13 @@ class Attachment:
 
     @torch.no_grad()
     def _before_step(self, optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._step = None
+        if self._step is not None:  # the last step failed
+            self._restore_gradients(self._step)
+            self._step = None
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf):  # a fused optimizer skips this step, and so do the rules
             return None
+        self._check_groups(optimizer)
         for rule in [rule for group in self.rules.values() for rule in group]:
             rule.check_needs(self._signals, "attachment.signal({0}={0})")
         params = {path: p.detach() for path, p in self._params.items()}
@@ -195,8 +210,42 @@ class Attachment:
         step, self._step = self._step, None
         if step is None:
             return
-        for path, grad in step.raw.items():  # .grad is what backward left there, so that nothing compounds
+        self._restore_gradients(step)
+        try:
+            new, state = self._moved(optimizer, step)
+        except BaseException:
+            self._signals = {}
+            for path, p in step.params.items():
+                p.copy_(step.before[path])
+            raise
+        for path, p in step.params.items():
+            if new[path] is not p:
+                p.copy_(new[path])
+        old_born = self.state.slots.get(torch_memory.SLOT, {}).get("born", {})
+        new_born = state.slots.get(torch_memory.SLOT, {}).get("born", {})
+        self._aged |= {path for path, born in new_born.items() if born is not old_born[path]}
+        self.state = state.replace(step=state.step + 1)
+        self._signals = {}
+
+    def _restore_gradients(self, step: Step) -> None:
+        """`.grad` is what backward left there, so that nothing compounds."""
+        for path, grad in step.raw.items():
             self._params[path].grad = grad
+
+    def _check_groups(self, optimizer: optim.Optimizer) -> None:
+        if len(optimizer.param_groups) == self._groups:
+            return
+        for group in optimizer.param_groups[self._groups :]:
+            for p in group["params"]:
+                if id(p) in self._others:
+                    raise ValueError(
+                        f"parameter '{self._others[id(p)]}' came to the optimizer after the rules, which do not know "
+                        "it; detach() and attach again, or attach when all parameters are there"
+                    )
+        self._groups = len(optimizer.param_groups)
+
+    def _moved(self, optimizer: optim.Optimizer, step: Step) -> tuple[Leaves, BioState]:
+        """Parameters and state after the update and weight rules."""
         params, before, state = step.params, step.before, step.state
         new = dict(params)
         if self.rules["update"] or self.rules["weight"]:
@@ -209,14 +258,7 @@ class Attachment:
             moved, _, renewed = self._run("weight", new, shaped, shown)
             new.update(moved)
             state = torch_memory.take_back(optimizer, self._params, shown, renewed, state) if self._redraws else renewed
-        for path, p in params.items():
-            if new[path] is not p:
-                p.copy_(new[path])
-        old_born = self.state.slots.get(torch_memory.SLOT, {}).get("born", {})
-        new_born = state.slots.get(torch_memory.SLOT, {}).get("born", {})
-        self._aged |= {path for path, born in new_born.items() if born is not old_born[path]}
-        self.state = state.replace(step=state.step + 1)
-        self._signals = {}
+        return new, state
 
     def _updates(self, optimizer: optim.Optimizer, step: Step) -> Leaves:
         """How far the optimizer moved each parameter that had a gradient, as a direction of descent."""

@@ -11,7 +11,7 @@ from biofunc.keys import check_key
 from biofunc.rule import Rule, as_rule, compute_dtype, on_trees
 from biofunc.selection import Selection, is_synapse, select_paths
 from biofunc.state import BioState
-from biofunc.trees import Leaves, Tree
+from biofunc.trees import Leaves, Tree, zero_of
 
 __all__ = ["Chain", "chain", "init"]
 
@@ -141,16 +141,12 @@ def init(params: Tree, key: Tensor, *rules: Any, where: Selection = None) -> Bio
 
 
 def _zero(key: Tensor, params: Leaves, rules: list[Rule]) -> Tensor:
-    """An int64 0 made of all that init is given: inside vmap it is batched and contiguous if anything is.
+    """An int64 0 made of all that init is given.
 
     State that was not batched from init on would become so in the first step, and a compiled step compiled twice.
     """
-    zero = key[0] * 0
     bound = [value for rule in rules for value in rule.bound.values() if isinstance(value, Tensor)]
-    for given in [*params.values(), *bound]:
-        if given.device == key.device:
-            zero = zero + given.detach().reshape(-1)[:0].sum().to(zero)
-    return zero
+    return key[0] * 0 + zero_of([*params.values(), *bound], key.device)
 
 
 def _check_names(rules: list[Rule]) -> None:
@@ -171,6 +167,8 @@ _ONCE: dict[str, Callable[[Rule], bool]] = {
 
 def _check_order(rules: list[Rule]) -> None:
     for index, rule in enumerate(rules):
+        if rule.once and any(other.phase == "descend" for other in rules):
+            raise ValueError(f"{rule.name} acts once, before learning; call it alone, not at each step of a chain")
         for earlier in rules[:index]:
             if _STAGES[rule.phase] < _STAGES[earlier.phase]:
                 move = f"{earlier.name} behind descend" if earlier.phase == "weights" else f"{rule.name} before descend"

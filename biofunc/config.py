@@ -42,6 +42,9 @@ MECHANISMS = (
 DYNAMIC = ("temporal", "activity")
 DISTRIBUTIONS = (*distributions.NAMED, "layer_adaptive", *DYNAMIC)
 
+_ALIASES = {"gamma": "weight_splitting_Gamma", "learning_rate": "lr", "seed": "key"}
+"""What people call a setting of convert elsewhere."""
+
 _INTEGERS = {
     "weight_splitting_Gamma": 0,
     "fuzzy_lr_update_freq": 1,
@@ -70,7 +73,8 @@ class BioConfig:
         fuzzy_lr_dynamic: True with the distributions "temporal" and "activity", which change while learning; of no
             effect with others, which do not.
         fuzzy_lr_decay: share of a rate's distance to 1 that is left after an update ("temporal"), in [0, 1].
-        fuzzy_lr_update_freq: steps from one update of the rates to the next ("temporal"), at least 1.
+        fuzzy_lr_update_freq: steps from one update of the rates to the next ("temporal"), at least 1; with "activity"
+            they are drawn at every 10th step.
         fuzzy_lr_layer_index: not used, the order of the layers says it; so that the original's settings can be read.
         fuzzy_lr_total_layers: not used either.
         dampening_factor: factor on the rate of a synapse that has settled, in (0, 1]; 1: off.
@@ -121,8 +125,10 @@ class BioConfig:
     stability_factor: Hyperparameter = 2.0
     lr_variability: Hyperparameter = 0.2
 
-    def __new__(cls, **settings: Any) -> "BioConfig":
-        check_names(settings, [field.name for field in dataclasses.fields(cls)])
+    def __new__(cls, *positional: Any, **settings: Any) -> "BioConfig":
+        if positional:
+            raise TypeError("BioConfig takes settings by name: BioConfig(**settings)")
+        check_settings(settings)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -148,6 +154,10 @@ class BioConfig:
             raise TypeError(f"BioConfig: mechanisms is {self.mechanisms!r}; give several, ({self.mechanisms!r},)")
         object.__setattr__(self, "mechanisms", tuple(self.mechanisms))
         check_names(self.mechanisms, MECHANISMS, "mechanisms has no")
+        if {"rejuvenate_weights", "rejuvenate_weights_lognormal"} <= set(self.mechanisms):
+            raise ValueError(
+                "BioConfig: mechanisms has rejuvenate_weights and rejuvenate_weights_lognormal; use one of the two"
+            )
         distribution, gamma = self.fuzzy_lr_distribution, self.weight_splitting_Gamma
         if isinstance(distribution, str):
             distribution = str.__str__(distribution)  # of the original's Enum, whose members are strings
@@ -158,6 +168,8 @@ class BioConfig:
         skip = self.weight_splitting_skip
         if skip is not None and not (isinstance(skip, Sequence) and all([isinstance(glob, str) for glob in skip])):
             raise TypeError(f"BioConfig: weight_splitting_skip is {skip!r}; give 'last', names of layers, or None")
+        if skip is not None and not isinstance(skip, str):
+            object.__setattr__(self, "weight_splitting_skip", tuple(skip))
         activation = self.weight_splitting_activation_function
         if activation is not None and (isinstance(activation, type) or not callable(activation)):
             raise TypeError(
@@ -178,10 +190,21 @@ class BioConfig:
             )
 
 
+def check_settings(given: Iterable[str], *others: str) -> None:
+    """Raises a TypeError for the first name that is no setting, and says what a rule's keyword is called here."""
+    known = [field.name for field in dataclasses.fields(BioConfig)]
+    here = {keyword: field for field, (_, keyword) in MEANINGS.items()} | _ALIASES
+    for name in given:
+        if name in here and name not in known:
+            raise TypeError(f"BioConfig: there is no setting '{name}'; it is called '{here[name]}' here")
+    check_names(given, [*known, *others])
+
+
 def check_names(given: Iterable[str], known: Sequence[str], complaint: str = "there is no setting") -> None:
     """Raises a TypeError for the first unknown name, with the known one that is nearest."""
     for name in given:
         if name not in known:
-            close = difflib.get_close_matches(str(name), known, 1, 0.4)
+            lower = str(name).lower()
+            close = [lower] if lower in known else difflib.get_close_matches(lower, known, 1, 0.6)
             hint = f"did you mean '{close[0]}'?" if close else f"they are: {', '.join(known)}"
             raise TypeError(f"BioConfig: {complaint} '{name}'; {hint}")

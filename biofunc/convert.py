@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import difflib
 import functools
 import glob
 from collections.abc import Callable, Collection, Mapping
@@ -15,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from biofunc import distributions
 from biofunc.activity_rates import activity_dependent_rates
 from biofunc.chain import Chain, chain, init
-from biofunc.config import BioConfig, check_names
+from biofunc.config import BioConfig, check_settings
 from biofunc.crystallize import crystallize
 from biofunc.dale import enforce_dales_principle, impose_dales_principle, presynaptic_axes
 from biofunc.descend import descend
@@ -24,15 +25,16 @@ from biofunc.fuzzy import fuzzy_learning_rates
 from biofunc.keys import key as make_key
 from biofunc.lognormal import rejuvenate_weights_lognormal
 from biofunc.rejuvenate import rejuvenate_weights
-from biofunc.rule import Hyperparameter
+from biofunc.rule import Hyperparameter, as_rule
 from biofunc.selection import ByPath, Selection, layers, select_paths
 from biofunc.sgd import sgd
 from biofunc.splitting import SPLITTABLE, skipped, split_synapses
 from biofunc.state import BioState
 from biofunc.temporal import temporal_learning_rates
-from biofunc.trees import Leaves
+from biofunc.trees import Leaves, zero_of
 from biofunc.volume import volume_dependent_lr
 from biofunc.where import where as only_where
+from biofunc.wrappers import unwrapped
 
 __all__ = ["Converted", "convert"]
 
@@ -43,7 +45,8 @@ class Converted:
 
     Attributes:
         model: the copy that is run, split if asked for, in the mode that the model had; `model.eval()` switches.
-        params: parameters by name, detached.
+        params: parameters by name, detached. Frozen ones (`requires_grad=False`) are not among them: they stay in
+            `model`.
         buffers: buffers by name.
         state: the BioState with which learning starts.
         learn: the chain: `params, _, state = learn(params, grads, state)`.
@@ -69,6 +72,9 @@ class Converted:
 
         Returns:
             What the model returns.
+
+        Raises:
+            KeyError: other parameters than those of the conversion.
         """
         return self.apply_and_update(params, self.buffers, *inputs, **keywords)[0]
 
@@ -86,11 +92,13 @@ class Converted:
         Returns:
             What the model returns, and the new buffers.
         """
+        self._check_names(params)
         # What the model writes into must be batched under vmap if anything that it may write is
-        batched = [leaf for leaf in tree_leaves((dict(params), inputs, keywords)) if isinstance(leaf, Tensor)]
-        zero = sum([leaf.detach().reshape(-1)[:0].ne(0).sum() for leaf in batched], torch.zeros(()))
-        new = {name: buffer + zero.to(buffer) for name, buffer in buffers.items()}
-        return functional_call(self.model, {**new, **params}, inputs, keywords), new
+        given = [leaf for leaf in tree_leaves((dict(params), inputs, keywords)) if isinstance(leaf, Tensor)]
+        new = {name: buffer + zero_of(given, buffer.device).to(buffer.dtype) for name, buffer in buffers.items()}
+        all_given = {**new, **params}
+        y = functional_call(self.model, all_given, inputs, keywords)
+        return y, {name: all_given[name] for name in new}  # also those that the model assigned
 
     def init(self, params: Mapping[str, Tensor], key: Tensor) -> tuple[Leaves, BioState]:
         """Starts anew from other parameters, or an ensemble: `torch.vmap(bio.init)(params, keys)`.
@@ -102,7 +110,18 @@ class Converted:
         Returns:
             The parameters, with Dale's principle imposed if it applies, and the state.
         """
+        self._check_names(params)
         return _start(self.model, self.config, self.learn, self.where, dict(params), key)
+
+    def _check_names(self, params: Mapping[str, Tensor]) -> None:
+        for name in params:
+            if name not in self.params:
+                close = difflib.get_close_matches(name, list(self.params), 1)
+                hint = f"did you mean '{close[0]}'?" if close else "frozen parameters stay in the model"
+                raise KeyError(f"params has '{name}', which is none of the converted parameters; {hint}")
+        for name in self.params:
+            if name not in params:
+                raise KeyError(f"params lacks '{name}'; hand over all parameters of the conversion")
 
     def __repr__(self) -> str:
         return f"convert({type(self.model).__name__}, {len(self.params)} parameters, learn={self.learn!r})"
@@ -148,15 +167,14 @@ def convert(
     Differs: the model is copied, not changed; the last synaptic layer is found at any depth and not split; a projection
     that MultiheadAttention does not call is not split; each mechanism differs as its rule says.
     """
-    names = [field.name for field in dataclasses.fields(BioConfig)]
-    check_names(settings, [*names, "config", "key", "lr", "optimizer", "where"])
+    check_settings(settings, "config", "key", "lr", "optimizer", "where")
     if not isinstance(config, BioConfig | None):
         raise TypeError(f"config is {type(config).__name__}; give a BioConfig, bf.BioConfig(**config)")
     config = dataclasses.replace(config or BioConfig(), **settings)
     module = _made(model, arguments)
     where = _synapses(module) if where is None else where
-    params = {name: p.detach().clone() for name, p in module.named_parameters()}
-    paths = select_paths(where, params)
+    params = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+    paths = _selected(where, params, module)
     module = _split(module, config, set(paths))
     learn = _learn(module, config, paths, lr, sgd() if optimizer is None else optimizer)
     buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
@@ -174,10 +192,14 @@ def _made(model: Any, arguments: tuple[Any, ...]) -> nn.Module:
             raise TypeError(
                 f"model is {type(model).__name__}; give an nn.Module, or a class or function that makes one"
             )
-        made = model(*arguments)
+        try:
+            made = model(*arguments)
+        except TypeError as error:
+            error.add_note("convert hands on positional arguments; functools.partial(Model, name=…) binds keywords")
+            raise
         if not isinstance(made, nn.Module):
             raise TypeError(f"{model!r} made {type(made).__name__}; it must make an nn.Module")
-    made = copy.deepcopy(made)  # a function may hand out a module that others use
+    made = copy.deepcopy(unwrapped(made))  # a function may hand out a module that others use
     for name, p in [*made.named_parameters(), *made.named_buffers()]:
         if torch.nn.parameter.is_lazy(p):
             raise ValueError(f"'{name}' has no shape yet; run the model once before it is converted")
@@ -189,6 +211,15 @@ def _synapses(model: nn.Module) -> Selection:
         return layers(model, nn.Linear, nn.Conv2d)
     except ValueError as error:
         raise ValueError(f"{error}; name its synapses, where='*.weight'") from None
+
+
+def _selected(where: Selection, params: Leaves, model: nn.Module) -> list[str]:
+    try:
+        return select_paths(where, params)
+    except ValueError:
+        if select_paths(where, dict(model.named_parameters())):
+            raise ValueError("all its synapses are frozen (requires_grad=False); let some of them learn") from None
+        raise
 
 
 def _split(model: nn.Module, config: BioConfig, paths: set[str]) -> nn.Module:
@@ -228,7 +259,7 @@ def _learn(model: nn.Module, config: BioConfig, paths: list[str], lr: Hyperparam
     if "crystallize" in used:
         thresh, damping = config.crystal_thresh, config.dampening_factor
         rules.append(bind(crystallize, crystal_thresh=thresh, dampening_factor=damping))
-    rules.append(optimizer)
+    rules.append(_optimizer(optimizer))
     if "volume_dependent_lr" in used:
         names = ("base_lr", "stability_factor", "lr_variability")
         rules.append(bind(volume_dependent_lr, **{name: getattr(config, name) for name in names}))
@@ -246,6 +277,17 @@ def _learn(model: nn.Module, config: BioConfig, paths: list[str], lr: Hyperparam
     return chain(*rules)
 
 
+_ACTIVITY_PERIOD = 10
+"""The original draws the rates anew with a probability of 0.1 at each step."""
+
+
+def _optimizer(given: Any) -> Any:
+    made = as_rule(given) if not isinstance(given, str) else None
+    if made is None or made.phase != "optimizer":
+        raise TypeError(f"optimizer is {given!r}; give an optimizer rule, optimizer=bf.adam()")
+    return made
+
+
 def _fuzzy(model: nn.Module, config: BioConfig, paths: list[str]) -> list[Any]:
     """The rule that applies the rates, behind the one that lets them change, if any."""
     nu, bounds = (
@@ -258,7 +300,7 @@ def _fuzzy(model: nn.Module, config: BioConfig, paths: list[str]) -> list[Any]:
         return [every(config.fuzzy_lr_update_freq, drift), bind(fuzzy_learning_rates, nu=0)]
     if distribution == "activity":
         recorded = ByPath(frozenset(_called(model, paths).values()))
-        redraw = every(10, bind(activity_dependent_rates, nu=nu, **bounds))
+        redraw = every(_ACTIVITY_PERIOD, bind(activity_dependent_rates, nu=nu, **bounds))
         return [only_where(recorded, redraw), bind(fuzzy_learning_rates, nu=0)]
     if distribution == "layer_adaptive":
         distribution = distributions.layer_adaptive(paths)

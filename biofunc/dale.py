@@ -24,6 +24,7 @@ from biofunc.decorator import rule
 from biofunc.noise import Noise
 from biofunc.state import BioState
 from biofunc.trees import Leaves
+from biofunc.wrappers import unwrapped
 
 __all__ = ["enforce_dales_principle", "impose_dales_principle", "presynaptic_axes"]
 
@@ -47,19 +48,19 @@ def presynaptic_axes(model: nn.Module) -> dict[str, tuple[int, int]]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}; presynaptic_axes takes an nn.Module")
-    axes: dict[str, tuple[int, int]] = {}
-    names = dict(model.named_parameters())
-    for prefix, layer in model.named_modules():
-        path = f"{prefix}.weight".lstrip(".")
-        if path not in names:
-            continue
+    axes: dict[int, tuple[int, int]] = {}
+    for layer in model.modules():
+        weight = id(layer._parameters.get("weight"))
         if isinstance(layer, _ConvTransposeNd | nn.Embedding | nn.EmbeddingBag):
-            axes[path] = (0, 1)
+            axes.setdefault(weight, (0, 1))
         elif isinstance(layer, nn.Linear | _ConvNd):
-            axes[path] = (1, layer.groups if isinstance(layer, _ConvNd) else 1)
-    if not axes:
+            axes.setdefault(weight, (1, layer.groups if isinstance(layer, _ConvNd) else 1))
+    # The names in a wrapper's own parameters and those without its prefix
+    named = [*model.named_parameters(), *unwrapped(model).named_parameters()]
+    paths = {path: axes[id(parameter)] for path, parameter in named if id(parameter) in axes}
+    if not paths:
         raise ValueError("the model has no Linear, Conv, ConvTranspose or Embedding layer whose weight is a parameter")
-    return axes
+    return paths
 
 
 def _settle_polarity(
@@ -208,6 +209,7 @@ def enforce_dales_principle(
     ranges={"fraction_excitatory": "[0, 1]"},
     choices={"sign": ("majority", "drawn")},
     init=_settle_polarity,
+    once=True,
 )
 def impose_dales_principle(
     params: Leaves,
@@ -238,7 +240,7 @@ def impose_dales_principle(
     Raises:
         ValueError, TypeError, KeyError: as for `enforce_dales_principle`.
 
-    Phase: weights.
+    Phase: weights; called alone: a chain that moves parameters refuses it.
 
     Noise: at init, one uniform per presynaptic neuron.
 

@@ -27,9 +27,11 @@ P = ParamSpec("P")
 Body = Callable[Concatenate[Leaves, Leaves, BioState, P], Flat]
 OnTrees = Callable[Concatenate[Tree, Tree, BioState, P], tuple[Tree, Tree, BioState]]
 
-GIVEN: Any = inspect.Parameter.empty
-"""Default of a keyword without which the rule cannot run, that types take for one that may be left out: what the
-decorator fills in, `noise: Noise = GIVEN`, or a signal that is handed over at each step."""
+GIVEN: Any = None
+"""Default of a keyword that the decorator fills in, `noise: Noise = GIVEN`; callers never give it."""
+
+REQUIRED: Any = inspect.Parameter.empty
+"""Default of a signal without which the rule cannot run, `activity: Mapping[str, Tensor] = REQUIRED`."""
 
 
 def rule(
@@ -46,6 +48,7 @@ def rule(
     applies_rates: bool = False,
     scale_free: bool = False,
     every_leaf: bool = False,
+    once: bool = False,
 ) -> Callable[[Body[P]], OnTrees[P]]:
     """Makes a rule of a function `f(params, grads, state, *, keywords) -> (params, grads, state)`.
 
@@ -77,6 +80,7 @@ def rule(
         applies_rates: the rule multiplies the descent direction by `state.plasticity`.
         scale_free: an optimizer that divides constant factors of its gradient out again, as Adam does.
         every_leaf: hand over every leaf, not synapses alone.
+        once: the rule acts once, before learning; a chain that moves parameters refuses it.
 
     Returns:
         A decorator; what it returns is called `(params, grads, state, **keywords)` on whole trees, the three trees by
@@ -105,7 +109,7 @@ def rule(
             initialise=functools.partial(_initialise, init, init_keywords) if init or memory else None,
             keywords=keywords,
             at_init=at_init,
-            needs=tuple([n for n in keywords if n not in INJECTED and signature.parameters[n].default is GIVEN]),
+            needs=tuple([n for n in keywords if n not in INJECTED and signature.parameters[n].default is REQUIRED]),
             ranges={
                 name: Interval.parse(text, optional=signature.parameters[name].default is None)
                 for name, text in (ranges or {}).items()
@@ -116,6 +120,7 @@ def rule(
             applies_rates=applies_rates,
             scale_free=scale_free,
             every_leaf=every_leaf,
+            once=once,
             fresh=dict(memory or {}),
         )
 
@@ -151,10 +156,19 @@ class _Transform:
     def __call__(self, rule: Rule, params: Leaves, grads: Leaves, state: BioState, keywords: dict[str, Any]) -> Flat:
         return _transform(self.function, rule, params, grads, state, keywords)
 
+    def __deepcopy__(self, memo: Any) -> "_Transform":
+        return self
+
     def __reduce__(self) -> Any:
         module, name = self.function.__module__, self.function.__qualname__
-        if "<locals>" in name:
-            raise pickle.PicklingError(f"rule {name} is made inside a function; define it in a module to pickle it")
+        try:
+            found = _transform_of(module, name)
+        except (ImportError, AttributeError):
+            found = None
+        if not isinstance(found, _Transform) or found.function is not self.function:
+            raise pickle.PicklingError(
+                f"{module} has no rule '{name}'; to pickle a rule, decorate it where it is defined"
+            )
         return _transform_of, (module, name)
 
 

@@ -21,7 +21,8 @@ def init(make_model: Callable[[], nn.Module], seeds: Iterable[int]) -> tuple[Lea
     they were.
 
     Args:
-        make_model: builds a model with PyTorch's own initialisation; called once per seed.
+        make_model: builds a model with PyTorch's own initialisation; called once per seed. It seeds nothing itself:
+            else all members are alike.
         seeds: integers in [-2^63, 2^64), one per member; equal seeds give equal members.
 
     Returns:

@@ -81,6 +81,7 @@ class Rule:
         applies_rates: it multiplies the descent direction by `state.plasticity`.
         scale_free: an optimizer that divides constant factors of its gradient out again.
         every_leaf: it acts on every leaf, not on synapses alone.
+        once: it acts once, before learning, and stands in no chain that moves parameters.
         fresh: fresh value of each entry of its slot, for re-drawn synapses.
         within: selections to which it is restricted.
         wrappers: what wraps it, for its repr.
@@ -100,6 +101,7 @@ class Rule:
     applies_rates: bool
     scale_free: bool
     every_leaf: bool
+    once: bool
     fresh: Mapping[str, float]
     bound: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     within: tuple[Selection, ...] = ()
@@ -216,12 +218,13 @@ def as_rule(given: Any) -> Rule:
         made: Rule = given.rule
         return made
     shown = getattr(given, "__name__", repr(given))
+    maker = {"SGD": "sgd", "Adam": "adam", "AdamW": "adamw"}.get(shown, shown)
     if isinstance(given, list | tuple):
         hint = "hand rules over one by one, bf.chain(*rules)"
     elif hasattr(given, "rules"):
         hint = "a chain makes its state with its own init and stands by itself or inside another chain"
-    elif getattr(given, "__module__", "").startswith("biofunc."):
-        hint = f"call it to make one, bf.{shown}(…)"
+    elif maker in ("sgd", "adam", "adamw", "descend"):
+        hint = f"call bf.{maker} to make one, bf.{maker}(…)"
     else:
         hint = "decorate a function of your own with @bf.rule(phase=…)"
     raise TypeError(f"{shown} is not a rule; {hint}")

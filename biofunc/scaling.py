@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from biofunc.decorator import GIVEN, rule
+from biofunc.activity import observed
+from biofunc.decorator import GIVEN, REQUIRED, rule
 from biofunc.reductions import finite_mean
 from biofunc.rule import Hyperparameter
 from biofunc.state import BioState
@@ -48,7 +49,7 @@ def synaptic_scaling(
     grads: Leaves,
     state: BioState,
     *,
-    activity: Mapping[str, Tensor] = GIVEN,
+    activity: Mapping[str, Tensor] = REQUIRED,
     target: Any = "population",
     rate: Hyperparameter = 1e-3,
     decay: Hyperparameter = 0.99,
@@ -114,28 +115,13 @@ def synaptic_scaling(
 
     new, mean, count = {}, {}, {}
     for path, w in params.items():
-        a, x = state.activity[path], _observed(activity, path, w)
+        a, x = state.activity[path], observed(name, activity, path, w)
         seen = x.isfinite()
         count[path] = state.slots[name]["count"][path] + seen
         mean[path] = running_mean(a, torch.where(seen, x, a), count[path])
         error = _goal(target, path, mean[path], count[path]) - mean[path]
         new[path] = scaled(w, torch.where(seen, error, 0.0))
     return new, grads, state.replace(activity={**state.activity, **mean}).with_slot(name, count=count)
-
-
-def _observed(activity: Any, path: str, w: Tensor) -> Tensor:
-    if not isinstance(activity, Mapping):
-        raise TypeError(
-            f"synaptic_scaling: activity is {type(activity).__name__}; hand over a dict by path at each step, "
-            "learn(params, grads, state, activity=activity); bf.record_activity(model) records it"
-        )
-    if path not in activity:
-        raise KeyError(
-            f"activity has no leaf '{path}' that synaptic_scaling acts on, only: {', '.join(activity) or '(none)'}; "
-            "record it (bf.record_activity does for Linear and Conv layers), or leave it out with "
-            "bf.where(selection, bf.synaptic_scaling)"
-        )
-    return _per_neuron("activity", activity[path], path, w.shape[:1]).to(w.dtype)
 
 
 def _goal(target: Any, path: str, mean: Tensor, count: Tensor) -> Any:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from biofunc import trees
 from biofunc.trees import Leaves, Tree
+from biofunc.wrappers import unwrapped
 
 __all__ = ["Selection", "layers"]
 
@@ -34,14 +35,16 @@ def layers(model: nn.Module, *types: type[nn.Module]) -> Callable[[str, Tensor],
     for kind in types:
         if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
             raise TypeError(f"types holds {kind!r}; give layer classes, bf.layers(model, torch.nn.Linear)")
-    paths = {id(parameter): path for path, parameter in model.named_parameters()}  # a tied one has its first name
-    names = {
-        paths[id(parameter)]
+    chosen = {
+        id(parameter)
         for module in model.modules()
         if isinstance(module, types)
         for parameter in module.parameters(recurse=False)
         if parameter.dim() >= 2
     }
+    # The names in a wrapper's own parameters and those without its prefix; a tied parameter has its first name
+    named = [*model.named_parameters(), *unwrapped(model).named_parameters()]
+    names = {path for path, parameter in named if id(parameter) in chosen}
     if not names:
         raise ValueError(f"the model has no layer of type {', '.join([t.__name__ for t in types]) or '(none given)'}")
     return ByPath(frozenset(names))

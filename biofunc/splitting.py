@@ -124,7 +124,9 @@ def split_synapses(
             raise ValueError(f"layer '{name}' has no shape yet; run the model once before it is split")
         features = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
         if features % gamma:
-            raise ValueError(f"gamma is {gamma} and does not divide the {features} outputs of layer '{name}'; skip it")
+            raise ValueError(
+                f"gamma is {gamma} and does not divide the {features} outputs of layer '{name}'; name it in skip=[…]"
+            )
         if isinstance(layer, Split):
             raise ValueError(f"layer '{name}' is split already; split the original model")
     if gamma == 1 and activation is None:

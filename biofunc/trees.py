@@ -6,10 +6,11 @@ module gives "fc1.weight", a nested tree gives "layers/0/w". Paths, not position
 optree sorts dict keys and `torch.utils._pytree` does not, so positions of the two never agree.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 import optree
+import torch
 from torch import Tensor
 
 Tree: TypeAlias = Any
@@ -47,6 +48,15 @@ def register(
         path_entry_type=optree.GetAttrEntry,
         namespace=NAMESPACE,
     )
+
+
+def zero_of(leaves: Iterable[Tensor], device: torch.device) -> Tensor:
+    """An int64 0 that is, inside vmap, batched and contiguous if any of the leaves on the device is."""
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    for leaf in leaves:
+        if leaf.device == device:
+            zero = zero + leaf.detach().reshape(-1)[:0].ne(0).sum()
+    return zero
 
 
 def check_params(params: dict[str, Any]) -> None:

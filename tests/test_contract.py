@@ -203,7 +203,7 @@ def test_what_a_rule_of_ones_own_gets_wrong_is_named():
             TypeError,
             "a chain makes its state with its own init",
         ),
-        (lambda: bf.chain(bf.adam), TypeError, r"adam is not a rule; call it to make one, bf.adam\(…\)"),
+        (lambda: bf.chain(bf.adam), TypeError, r"adam is not a rule; call bf.adam to make one, bf.adam\(…\)"),
         (lambda: bf.fuzzy_learning_rates(nu=0.1), TypeError, r"functools.partial\(bf.fuzzy_learning_rates, …\) binds"),
         (lambda: bf.every(4, bf.adam()), ValueError, "would hand raw gradients on in between"),
         (lambda: bf.chain(bf.fuzzy_learning_rates, bf.adam()), ValueError, "move fuzzy_learning_rates behind adam"),

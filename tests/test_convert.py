@@ -1,9 +1,7 @@
 """The one-line converter: the original's settings, which rule each reaches, and what becomes of the model."""
 
-import ast
 import copy
 import dataclasses
-import inspect
 import io
 import itertools
 import math
@@ -230,10 +228,6 @@ BY_HAND = {
         (CRYSTAL, bf.sgd(), VOLUME, bf.every(3, bf.temporal_learning_rates), NU0, bf.descend(0.05), REJUVENATE),
     ),
     "crystallize alone": ({"mechanisms": ("crystallize",)}, (CRYSTAL, bf.sgd(), NU0, bf.descend(0.05))),
-    "both rejuvenations": (
-        {"mechanisms": ("rejuvenate_weights_lognormal", "rejuvenate_weights")},
-        (bf.sgd(), bf.descend(0.05), REJUVENATE, bf.every(2, bf.rejuvenate_weights_lognormal)),
-    ),
     "dale": (
         {"mechanisms": ("rejuvenate_weights",), "apply_dales_principle": True},
         (bf.sgd(), bf.descend(0.05), REJUVENATE, partial(bf.enforce_dales_principle, axis={"0.weight": (1, 1)})),
@@ -793,11 +787,6 @@ def test_dales_principle_with_several_contacts_is_refused():
     assert bf.BioConfig(apply_dales_principle=True, weight_splitting_Gamma=1).apply_dales_principle
 
 
-def test_no_check_is_an_assertion_that_optimisation_would_remove():
-    for module in (config_module, inspect.getmodule(bf.convert)):
-        assert not [node for node in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(node, ast.Assert)]
-
-
 # --- what is made ---
 
 
@@ -837,19 +826,57 @@ def test_activity_dependent_rates_leave_out_a_projection_that_is_never_called():
     assert drawn["encoder.layers.0.linear1.weight"].std() > 0.01
 
 
-def test_a_head_that_is_registered_first_is_spared_by_name():
-    class HeadFirst(nn.Module):
+def test_frozen_parameters_stay_in_the_model():
+    model = built(small_mlp)
+    model[2].requires_grad_(False)
+    bio = bf.convert(model, lr=1.0, base_lr=1.0)
+    assert set(bio.params) == {"0.weight", "0.bias", "4.weight", "4.bias"}
+    params, _ = trained(bio, normal(5, 6), labels(5, 4), 3)
+    assert torch.equal(bio.model[2].weight, model[2].weight)
+    assert not torch.equal(params["0.weight"], model[0].weight)
+    with pytest.raises(KeyError, match=r"params has '2\.weight'"):
+        bio.init(dict(model.named_parameters()), bf.random.key(1))
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="all its synapses are frozen"):
+        bf.convert(model)
+
+
+def test_other_parameters_than_those_of_the_conversion_are_refused():
+    bio, x = bf.convert(built(small_mlp)), normal(5, 6)
+    misspelt = {("0.weigth" if name == "0.weight" else name): p for name, p in bio.params.items()}
+    for call in (lambda p: bio.apply(p, x), lambda p: bio.init(p, bf.random.key(0))):
+        with pytest.raises(KeyError, match=r"'0\.weigth'.*did you mean '0\.weight'"):
+            call(misspelt)
+        with pytest.raises(KeyError, match=r"params lacks '0\.weight'"):
+            call({})
+
+
+def test_buffers_that_a_model_assigns_are_updated_too():
+    class Running(nn.Module):
         def __init__(self):
             super().__init__()
-            self.head, self.body, self.rest = nn.Linear(8, 4), nn.Linear(6, 8), nn.Linear(8, 8)
+            self.layer = nn.Linear(6, 4)
+            self.register_buffer("mean", torch.zeros(4, dtype=torch.float64))
 
         def forward(self, x):
-            return self.head(self.rest(self.body(x)))
+            y = self.layer(x)
+            self.mean = 0.9 * self.mean + 0.1 * y.detach().mean(0)
+            return y
 
-    bio = bf.convert(built(HeadFirst), weight_splitting_Gamma=2, weight_splitting_skip="head")
-    y = bio.apply(bio.params, normal(3, 6, seed=1))
-    assert not torch.equal(y[:, 0], y[:, 1])
-    hidden = bio.model.body(normal(3, 6, seed=1))
-    assert torch.equal(hidden[:, 0], hidden[:, 1])
-    with pytest.raises(ValueError, match="tail"):
-        bf.convert(built(HeadFirst), weight_splitting_Gamma=2, weight_splitting_skip="tail")
+    bio, x = bf.convert(built(Running)), normal(5, 6)
+    y, buffers = bio.apply_and_update(bio.params, bio.buffers, x)
+    assert torch.equal(buffers["mean"], 0.1 * y.mean(0))
+    assert not bio.buffers["mean"].any()
+
+
+@pytest.mark.parametrize("given", ["adam", bf.crystallize, bf.descend(0.1), torch.optim.Adam], ids=range(4))
+def test_what_is_no_optimizer_is_refused_with_one_that_is(given):
+    with pytest.raises(TypeError, match=r"bf\.adam"):
+        bf.convert(built(small_mlp), optimizer=given)
+
+
+def test_compiled_models_convert_as_the_bare_one():
+    model = built(small_mlp)
+    bio, bare = bf.convert(torch.compile(model, backend="eager")), bf.convert(model)
+    assert_same(bio.params, bare.params)
+    assert_same(bio.state, bare.state)

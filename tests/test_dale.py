@@ -457,9 +457,17 @@ def test_models_without_axes_are_refused():
 
 
 def test_the_rules_stand_after_descend():
-    for rule in (enforce, impose):
-        with pytest.raises(ValueError, match="behind descend"):
-            bf.chain(rule, bf.sgd(), bf.descend(0.1))
+    with pytest.raises(ValueError, match="behind descend"):
+        bf.chain(enforce, bf.sgd(), bf.descend(0.1))
+
+
+def test_a_chain_that_moves_parameters_imposes_nothing():
+    for order in [(impose, bf.descend(0.1)), (bf.descend(0.1), impose)]:
+        with pytest.raises(ValueError, match="acts once, before learning; call it alone"):
+            bf.chain(*order)
+    model = nn.Linear(3, 2, device="meta")
+    with pytest.raises(ValueError, match="acts once, before learning"):
+        bf.attach(torch.optim.SGD(model.parameters(), 0.1), model, weight=[impose], key=KEY)
 
 
 # Turnover

@@ -197,8 +197,8 @@ def test_missing_or_misshapen_activity_is_named():
     state = bf.init(params, bf.random.key(0), bf.activity_dependent_rates)
     with pytest.raises(TypeError, match="activity is missing; hand it over"):
         bf.activity_dependent_rates(params, grads, state)
-    with pytest.raises(KeyError, match=r"activity has no 'fc2.weight'"):
+    with pytest.raises(KeyError, match=r"activity has no leaf 'fc2.weight'"):
         bf.activity_dependent_rates(params, grads, state, activity={"fc1.weight": torch.ones(5)})
     wrong = {"fc1.weight": torch.ones(6), "fc2.weight": torch.ones(4)}
-    with pytest.raises(ValueError, match=r"'fc1.weight' has shape \(6,\) for weights \(5, 6\)"):
+    with pytest.raises(ValueError, match=r"'fc1.weight' has shape \(6,\), its neurons \(axis 0 of the weight\) \(5,\)"):
         bf.activity_dependent_rates(params, grads, state, activity=wrong)

@@ -981,15 +981,19 @@ def test_a_step_that_fails_leaves_everything_as_it_was(form):
 
     rules = [bf.volume_dependent_lr, bf.activity_dependent_rates, apply_rates]
     if form == "attach":
-        optimizer, synapses = attached(model, gradient=rules)
-        model(x).square().mean().backward()
-        before, state = plain(model), synapses.state
-        slope = model.used.weight.grad.clone()
-        with pytest.raises(TypeError, match="activity"):
-            optimizer.step()
-        assert same(plain(model), before)
-        assert synapses.state is state
-        assert torch.equal(model.used.weight.grad, slope)
+        for place in ("gradient", "update", "weight"):
+            failing = [bf.synaptic_scaling] if place == "weight" else rules
+            optimizer, synapses = attached(model, **{place: failing})
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            before, state = plain(model), synapses.state
+            slope = model.used.weight.grad.clone()
+            synapses.signal(activity={"frozen.weight": torch.ones(8)})
+            with pytest.raises(KeyError, match=r"'used\.weight'"):
+                optimizer.step()
+            assert same(plain(model), before)
+            assert synapses.state is state
+            assert torch.equal(model.used.weight.grad, slope)
     else:
         learn, params = bf.chain(*rules, bf.descend(0.1)), plain(model)
         state, grads = learn.init(params, KEY), gradients(params)
@@ -1309,7 +1313,7 @@ def test_every_documented_name_exists():
     """C1: the imports of the readme fail, and documented functions do not exist."""
     assert not hasattr(bio_transformations, "BioConfig")
     names = documented_names()
-    assert {"convert", "attach", "BioConfig", "distributions.layer_adaptive"} & set(names) >= {"convert", "attach"}
+    assert set(names) >= {"convert", "attach", "BioConfig"}
     for name in names:
         found = bf
         for part in name.split("."):
@@ -1343,7 +1347,6 @@ def test_rules_of_ones_own_work_by_the_recipe_of_the_readme():
         moved, _, state = learn(moved, gradients(params, step), state)
     assert state.step == 10
     assert not same(moved, params)
-    assert bf.convert(mlp(), optimizer=names["eligibility"]).learn.rules[1].name == "eligibility"
 
 
 @pytest.mark.parametrize("made", ["split_synapses", "convert", "attach"])
