@@ -63,10 +63,10 @@ def attach(
         The Attachment, with `state`, `signal`, `state_dict`, `load_state_dict` and `detach`. Parameters without a
         gradient (frozen, or not used in this step) are left out of the step, with all that is kept about them, as
         torch.optim does. Where a rule re-draws synapses, the optimizer's weight-shaped memory of them restarts. Adam
-        and AdamW also count their age, LBFGS restarts as a whole, and in others a count of steps goes on: the first move
-        of a new synapse at step 200 is, in learning rates, 1.0 with Adam and Adafactor, 0.4 with RAdam, 0.1 with Adamax,
-        and 10 with RMSprop, as at its own start. LBFGS reads curvature off its own moves: update and weight rules that
-        act strongly spoil it.
+        and AdamW also count their age, LBFGS restarts as a whole, and in others a count of steps goes on: the first
+        move of a new synapse at step 200 is, in learning rates, 1.0 with Adam and Adafactor, 0.4 with RAdam, 0.1 with
+        Adamax, and 10 with RMSprop, as at its own start. LBFGS reads curvature off its own moves: update and weight
+        rules that act strongly spoil it.
 
     Raises:
         TypeError: an argument of another kind, or no rule.
