@@ -6,6 +6,7 @@ import gc
 import io
 import math
 import pickle
+import warnings
 import weakref
 from functools import partial
 
@@ -599,13 +600,17 @@ def test_a_wrapped_model_trains_as_the_bare_one_under_the_same_paths(wrap):
 TURNOVER = [bf.every(2, bf.rejuvenate_weights)]
 
 
+def compiled_and_parallel(model):
+    return torch.compile(nn.parallel.DistributedDataParallel(model), backend="eager")
+
+
 def train_on_a_rank(rank, folder):
     torch.set_num_threads(1)
     timeout, store = datetime.timedelta(seconds=60), f"file://{folder}/store"
     dist.init_process_group("gloo", store, timeout, world_size=2, rank=rank)
     parallel, weight = partial(nn.parallel.DistributedDataParallel, gradient_as_bucket_view=True), TURNOVER
     try:
-        refusal = Run(ADAM, wrap=parallel, key=bf.random.key(rank), weight=weight)
+        refusal = Run(ADAM, wrap=compiled_and_parallel, key=bf.random.key(rank), weight=weight)
     except ValueError as error:
         refusal = str(error)
     run = Run(ADAM, wrap=parallel, weight=weight)
@@ -928,3 +933,46 @@ def test_the_training_loop_of_the_original_needs_one_line(optimizer_of):
     for rate in attached.state.plasticity.values():
         assert rate.std() > 0.05
     assert attached.state.step == 10
+
+
+def test_parameters_that_come_to_the_optimizer_later_are_not_trained_in_silence():
+    run = Run(lambda params: SGD([*params][:2]), weight=[redraw]).train(1)
+    foreign = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    run.optimizer.add_param_group({"params": [foreign]})
+    run.train(1)
+    run.optimizer.add_param_group({"params": [run.model[2].weight]})
+    before, state = run.params, run.state
+    with pytest.raises(ValueError, match=r"'2\.weight' came to the optimizer after the rules.*attach again"):
+        run.train(1)
+    assert_equal(run.params, before)
+    assert run.state is state
+
+
+def test_detached_rules_take_no_signals():
+    run = Run(SGD, weight=[bf.synaptic_scaling])
+    run.attached.detach()
+    with pytest.raises(RuntimeError, match="the rules are detached"):
+        run.attached.signal(activity={})
+
+
+def test_a_step_after_one_that_failed_sees_the_gradient_that_backward_left():
+    rules = {"gradient": [times(2.0, "gradient")], "update": [HALVE]}
+    run, plain = Run(SGD, **rules), Run(SGD, **rules)
+    run.optimizer.zero_grad()
+    run.loss().backward()
+    step, torch_sgd = run.optimizer.step, optim.SGD._init_group
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optim.SGD, "_init_group", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            step()
+    assert optim.SGD._init_group is torch_sgd
+    step()
+    assert_equal(run.params, plain.train(1).params)
+
+
+def test_lazy_layers_have_to_be_run_before():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that lazy modules are new
+        model = nn.LazyLinear(4)
+    with pytest.raises(ValueError, match="has no shape yet; run the model once"):
+        bf.attach(SGD(model.parameters()), model, weight=[redraw], key=KEY)

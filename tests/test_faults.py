@@ -1460,3 +1460,19 @@ def test_the_number_of_operations_does_not_depend_on_the_number_of_neurons():
 
     assert theirs(64) > 5 * theirs(4)
     assert mine(4) == mine(64) > 10
+
+
+def test_rules_that_could_not_be_read_back_are_not_pickled():
+    """B3: what is saved cannot be loaded."""
+
+    def body(params, grads, state):
+        return params, grads, state
+
+    for chain in (bf.chain(bf.rule(phase="weights")(body)), bf.chain(bf.rule(phase="weights")(undecorated))):
+        with pytest.raises(pickle.PicklingError, match="decorate it where it is defined"):
+            pickle.dumps(chain)
+        assert copy.deepcopy(chain).rules[0].transform is chain.rules[0].transform
+
+
+def undecorated(params, grads, state):
+    return params, grads, state
