@@ -1,7 +1,7 @@
 """Does every mechanism at once, converted in one line, run on the networks that people train?
 
 Each network is an ensemble of 3 members in one compiled step (inductor, fullgraph) for 50 steps under Adam, once with
-weight splitting and once with Dale's principle. `python tests/benchmarks/three_networks.py` takes about five minutes.
+weight splitting and once with Dale's principle. `python tests/benchmarks/three_networks.py` takes about nine minutes.
 """
 
 import pathlib
