@@ -61,18 +61,21 @@ class Noise:
                 raise ValueError(f"'{kind}' is no kind of noise; draw one or more of {', '.join(_KINDS)}")
         keys = self.keys(leaves)
         # Within the stream of a leaf the kinds follow one another, each from a fresh block on.
-        sizes = [[1 if kind == "coin" else leaf.numel() for kind in kinds] for leaf in leaves.values()]
-        starts = [[sum([-(-size // 4) * 4 for size in row[:i]]) for i in range(len(row))] for row in sizes]
-        lengths = [start[-1] + row[-1] for start, row in zip(starts, sizes, strict=True)]
-        words = philox.ragged_words(list(keys.values()), lengths)
+        sizes = {kind: [1 if kind == "coin" else leaf.numel() for leaf in leaves.values()] for kind in kinds}
+        starts = [0] * len(leaves)
         draws: list[Leaves] = []
-        for index, kind in enumerate(kinds):
-            convert = philox.to_normal if kind == "normal" else philox.to_uniform
-            draws.append({})
-            for leaf, (path, weight) in enumerate(leaves.items()):
-                start, size = starts[leaf][index], sizes[leaf][index]
-                shape = torch.Size() if kind == "coin" else weight.shape
-                draws[-1][path] = convert(words[leaf][start : start + size]).reshape(shape).to(weight.dtype)
+        for kind in kinds:
+            flat = philox.ragged_draws(
+                list(keys.values()), starts, sizes[kind], "normal" if kind == "normal" else "uniform"
+            )
+            shapes = [torch.Size() if kind == "coin" else leaf.shape for leaf in leaves.values()]
+            draws.append(
+                {
+                    path: drawn.reshape(shape).to(leaf.dtype)
+                    for (path, leaf), drawn, shape in zip(leaves.items(), flat, shapes, strict=True)
+                }
+            )
+            starts = [start - (-size // 4) for start, size in zip(starts, sizes[kind], strict=True)]
         return draws
 
 

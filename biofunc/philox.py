@@ -6,12 +6,15 @@ into 32-bit index arithmetic. Normals come from an integer table, because `log` 
 eager code, compiled code and devices.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from statistics import NormalDist
 
 import torch
 from torch import Tensor
+
+CACHED = 1 << 14
+"""Blocks at a time in eager mode: the generator's temporaries then stay in the cache."""
 
 Word = Tensor | int
 """An unsigned 32-bit word, held in int64."""
@@ -66,24 +69,82 @@ def _join(low: Tensor, high: Tensor) -> Tensor:
 
 def words(key: Tensor, count: int) -> Tensor:
     """The first words of the streams of keys `(..., 2)`, shape `(..., count)`."""
-    index = torch.arange(-(-count // 4), device=key.device)
-    return torch.stack(blocks(key[..., 0:1], key[..., 1:2], index), -1).flatten(-2)[..., :count]
+    return torch.stack(_stream(key, 0, -(-count // 4)), -1).flatten(-2)[..., :count]
 
 
-def ragged_words(keys: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
-    """`[words(key, count) for key, count in zip(keys, counts)]` for keys `(2,)`, in one Philox call.
+def draws(key: Tensor, count: int, convert: Callable[[Tensor], Tensor]) -> Tensor:
+    """`convert(words(key, count))`."""
+    size = -(-count // 4)
+    if torch.compiler.is_compiling() or size <= CACHED:
+        return interleaved(_stream(key, 0, size), convert)[..., :count]
+    ends = [*range(0, size, CACHED), size]
+    return torch.cat([interleaved(_stream(key, *ends), convert) for ends in pairwise(ends)], -1)[..., :count]
 
-    A tree of many leaves then costs as many kernel launches as a single leaf.
+
+def _stream(key: Tensor, start: int, stop: int) -> list[Tensor]:
+    return blocks(key[..., 0:1], key[..., 1:2], torch.arange(start, stop, device=key.device))
+
+
+def ragged_draws(keys: Sequence[Tensor], starts: Sequence[int], counts: Sequence[int], kind: str) -> list[Tensor]:
+    """Draws from keys `(2,)`, from some block of their streams on, in one Philox call.
+
+    A tree of many leaves then costs as many kernel launches as a single leaf. The blocks lie in rows of one width, each
+    of which has one key: what belongs to a key is computed once for a row.
     """
-    if not keys:
-        return []
     sizes = [-(-count // 4) for count in counts]
-    seed = torch.cat([key[0].expand(size) for key, size in zip(keys, sizes, strict=True)])
-    offset = torch.cat([key[1].expand(size) for key, size in zip(keys, sizes, strict=True)])
-    index = torch.cat([torch.arange(size, device=seed.device) for size in sizes])
-    flat = torch.stack(blocks(seed, offset, index), -1).flatten()
-    starts = [4 * sum(sizes[:i]) for i in range(len(sizes))]
-    return [flat[start : start + count] for start, count in zip(starts, counts, strict=True)]
+    width = _width(sizes)
+    heights = [-(-size // width) for size in sizes]
+    if not sum(heights):
+        return [torch.zeros(0, device=key.device) for key in keys]
+    seed = torch.cat([key[0].expand(height) for key, height in zip(keys, heights, strict=True)])
+    first = torch.cat([key[1].expand(height) for key, height in zip(keys, heights, strict=True)])
+    ahead = [
+        torch.arange(height, device=seed.device) * width + start for start, height in zip(starts, heights, strict=True)
+    ]
+    drawn = rows(seed, _advanced(first, torch.cat(ahead)), width, kind).flatten()
+    begins = [4 * width * sum(heights[:i]) for i in range(len(heights))]
+    return [drawn[begin : begin + count] for begin, count in zip(begins, counts, strict=True)]
+
+
+def _width(sizes: Sequence[int]) -> int:
+    """Blocks per row: as many as leave at most an eighth more blocks than rows of 8 do."""
+    width = 8
+    padded = [sum([-(-size // w) * w for size in sizes]) for w in (8, 16, 32, 64, 128, 256, 512, 1024)]
+    for total in padded[1:]:
+        if total > padded[0] + padded[0] // 8:
+            break
+        width *= 2
+    return width
+
+
+def _advanced(offset: Tensor, blocks: Tensor) -> Tensor:
+    """offset + blocks modulo 2^64, without signed overflow."""
+    low = (offset & WORD) + blocks
+    return _join(low & WORD, ((offset >> 32) + (low >> 32)) & WORD)
+
+
+def rows(seed: Tensor, offset: Tensor, width: int, kind: str) -> Tensor:
+    """Draws of `width` blocks of each of many keys `(seed, offset)`: `(..., rows)` gives `(..., rows, 4 width)`."""
+    count = max(1, CACHED // width)
+    if torch.compiler.is_compiling() or seed.shape[-1] <= count:
+        return _rows(seed, offset, width, kind)
+    parts = zip(torch.split(seed, count, -1), torch.split(offset, count, -1), strict=True)
+    return torch.cat([_rows(*part, width, kind) for part in parts], -2)
+
+
+def _rows(seed: Tensor, offset: Tensor, width: int, kind: str) -> Tensor:
+    index = torch.arange(width, device=seed.device)
+    return interleaved(blocks(seed.unsqueeze(-1), offset.unsqueeze(-1), index), CONVERSIONS[kind])
+
+
+def interleaved(words: Sequence[Tensor], convert: Callable[[Tensor], Tensor]) -> Tensor:
+    """The words of blocks `(..., n)` as numbers `(..., 4 n)`: element j is word j % 4 of block j // 4.
+
+    Compiled, the words are converted before they are put in order, which needs a buffer: of floats, not of int64.
+    """
+    if torch.compiler.is_compiling():
+        return torch.stack([convert(word) for word in words], -1).flatten(-2)
+    return convert(torch.stack(list(words), -1).flatten(-2))
 
 
 def to_uniform(words: Tensor, bits: int = 24) -> Tensor:
@@ -103,25 +164,29 @@ def to_normal(words: Tensor) -> Tensor:
     segments per octave; the 17 mantissa bits below interpolate inside a segment.
     """
     q_bits = (((words & 0x7FFFFF) << 1) | 1).to(torch.float32).view(torch.int32).to(torch.int64)
-    segment = (q_bits >> 17) - _FIRST_SEGMENT
-    quantile, fall = _normal_table(words.device)
-    # Below 2^52: exact in int64 and in float64. The last cast is the only rounding.
-    magnitude: Tensor = (quantile[segment] << 17) - fall[segment] * (q_bits & 0x1FFFF)
-    signed = magnitude * to_sign(words)
-    return (signed.to(torch.float64) / (1 << (_QUANTILE_BITS + 17))).to(torch.float32)
+    # The clamp changes nothing; it spares the compiled kernel the check of each index
+    segment = ((q_bits >> 17) - _FIRST_SEGMENT).clamp(0, _SEGMENTS - 1)
+    entry = _normal_table(words.device)[segment]
+    # Below 2^52: exact in int64. The cast is the only rounding.
+    magnitude: Tensor = ((entry >> _FALL_BITS) << 17) - (entry & ((1 << _FALL_BITS) - 1)) * (q_bits & 0x1FFFF)
+    return (magnitude * to_sign(words)).to(torch.float32) / (1 << (_QUANTILE_BITS + 17))
 
 
 _FIRST_SEGMENT = 127 << 6  # the float32 bits of q = 1, shifted by 17
+_SEGMENTS = 24 * 64
 _QUANTILE_BITS = 32
+_FALL_BITS = 26
 
 
 def _make_normal_table() -> Tensor:
-    """Quantiles at the left ends of the segments in units of 2^-32, and their fall across a segment."""
+    """Quantile at the left end of each segment in units of 2^-32, and its fall across the segment, in one integer."""
     octaves, segments = 24, 64
     tails = [2**octave * (1 + s / segments) / 2**25 for octave in range(octaves) for s in range(segments)] + [0.5]
     quantiles = [round(-NormalDist().inv_cdf(tail) * 2**_QUANTILE_BITS) for tail in tails]
-    return torch.tensor([quantiles[:-1], [left - right for left, right in pairwise(quantiles)]])
+    return torch.tensor([left << _FALL_BITS | (left - right) for left, right in pairwise(quantiles)])
 
+
+CONVERSIONS: dict[str, Callable[[Tensor], Tensor]] = {"uniform": to_uniform, "normal": to_normal}
 
 _NORMAL_TABLES: dict[torch.device, Tensor] = {torch.device("cpu"): _make_normal_table()}
 

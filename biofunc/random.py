@@ -13,6 +13,7 @@ The same key gives the same numbers alone, in a loop, under `vmap` whatever the 
 used once: to draw, or to derive other keys.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -50,7 +51,7 @@ def uniform(key: Tensor, shape: Sequence[int] = (), *, dtype: torch.dtype = torc
         # ((high << 32) | low) & (2^53 - 1), without shifting into the sign
         draw = (((high & 0x1FFFFF) << 32) | low).to(torch.float64) * 2.0**-53
     elif bits is not None:
-        draw = philox.to_uniform(philox.words(key, count), bits).to(dtype)
+        draw = philox.draws(key, count, functools.partial(philox.to_uniform, bits=bits)).to(dtype)
     else:
         raise TypeError(f"dtype is {dtype}; uniform draws float32, float64, float16 or bfloat16")
     return draw.reshape((*key.shape[:-1], *shape))
@@ -77,8 +78,8 @@ def normal(key: Tensor, shape: Sequence[int] = (), *, dtype: torch.dtype = torch
     check_key(key)
     if not dtype.is_floating_point:
         raise TypeError(f"dtype is {dtype}; normal draws floating dtypes")
-    words = philox.words(key, math.prod(shape))
-    return philox.to_normal(words).to(dtype).reshape((*key.shape[:-1], *shape))
+    draw = philox.draws(key, math.prod(shape), philox.to_normal)
+    return draw.to(dtype).reshape((*key.shape[:-1], *shape))
 
 
 def bernoulli(key: Tensor, p: float | Tensor = 0.5, shape: Sequence[int] | None = None) -> Tensor:
