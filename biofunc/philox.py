@@ -6,6 +6,7 @@ into 32-bit index arithmetic. Normals come from an integer table, because `log` 
 eager code, compiled code and devices.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from statistics import NormalDist
@@ -15,6 +16,9 @@ from torch import Tensor
 
 CACHED = 1 << 14
 """Blocks at a time in eager mode: the generator's temporaries then stay in the cache."""
+
+ACCELERATED = False
+"""Whether draws on the CPU go through the compiled kernel of `accelerate`."""
 
 Word = Tensor | int
 """An unsigned 32-bit word, held in int64."""
@@ -72,13 +76,19 @@ def words(key: Tensor, count: int) -> Tensor:
     return torch.stack(_stream(key, 0, -(-count // 4)), -1).flatten(-2)[..., :count]
 
 
-def draws(key: Tensor, count: int, convert: Callable[[Tensor], Tensor]) -> Tensor:
-    """`convert(words(key, count))`."""
+def draws(key: Tensor, count: int, kind: str) -> Tensor:
+    """The first words of the streams of keys `(..., 2)` as numbers, shape `(..., count)`."""
     size = -(-count // 4)
+    if _through_operator(key) and size:
+        width = _width([size])
+        ahead = torch.arange(-(-size // width), device=key.device) * width
+        offset = advanced(key[..., 1:2], ahead)
+        return rows(key[..., 0:1].expand_as(offset), offset, width, kind).flatten(-2)[..., :count]
     if torch.compiler.is_compiling() or size <= CACHED:
-        return interleaved(_stream(key, 0, size), convert)[..., :count]
+        return interleaved(_stream(key, 0, size), CONVERSIONS[kind])[..., :count]
     ends = [*range(0, size, CACHED), size]
-    return torch.cat([interleaved(_stream(key, *ends), convert) for ends in pairwise(ends)], -1)[..., :count]
+    pieces = [interleaved(_stream(key, *ends), CONVERSIONS[kind]) for ends in pairwise(ends)]
+    return torch.cat(pieces, -1)[..., :count]
 
 
 def _stream(key: Tensor, start: int, stop: int) -> list[Tensor]:
@@ -101,7 +111,7 @@ def ragged_draws(keys: Sequence[Tensor], starts: Sequence[int], counts: Sequence
     ahead = [
         torch.arange(height, device=seed.device) * width + start for start, height in zip(starts, heights, strict=True)
     ]
-    drawn = rows(seed, _advanced(first, torch.cat(ahead)), width, kind).flatten()
+    drawn = rows(seed, advanced(first, torch.cat(ahead)), width, kind).flatten()
     begins = [4 * width * sum(heights[:i]) for i in range(len(heights))]
     return [drawn[begin : begin + count] for begin, count in zip(begins, counts, strict=True)]
 
@@ -117,7 +127,7 @@ def _width(sizes: Sequence[int]) -> int:
     return width
 
 
-def _advanced(offset: Tensor, blocks: Tensor) -> Tensor:
+def advanced(offset: Tensor, blocks: Tensor) -> Tensor:
     """offset + blocks modulo 2^64, without signed overflow."""
     low = (offset & WORD) + blocks
     return _join(low & WORD, ((offset >> 32) + (low >> 32)) & WORD)
@@ -125,14 +135,21 @@ def _advanced(offset: Tensor, blocks: Tensor) -> Tensor:
 
 def rows(seed: Tensor, offset: Tensor, width: int, kind: str) -> Tensor:
     """Draws of `width` blocks of each of many keys `(seed, offset)`: `(..., rows)` gives `(..., rows, 4 width)`."""
+    if _through_operator(seed):
+        drawn: Tensor = torch.ops.biofunc.rows(seed, offset, width, kind)
+        return drawn
     count = max(1, CACHED // width)
     if torch.compiler.is_compiling() or seed.shape[-1] <= count:
-        return _rows(seed, offset, width, kind)
+        return drawn_rows(seed, offset, width, kind)
     parts = zip(torch.split(seed, count, -1), torch.split(offset, count, -1), strict=True)
-    return torch.cat([_rows(*part, width, kind) for part in parts], -2)
+    return torch.cat([drawn_rows(*part, width, kind) for part in parts], -2)
 
 
-def _rows(seed: Tensor, offset: Tensor, width: int, kind: str) -> Tensor:
+def _through_operator(tensor: Tensor) -> bool:
+    return ACCELERATED and tensor.device.type == "cpu"
+
+
+def drawn_rows(seed: Tensor, offset: Tensor, width: int, kind: str) -> Tensor:
     index = torch.arange(width, device=seed.device)
     return interleaved(blocks(seed.unsqueeze(-1), offset.unsqueeze(-1), index), CONVERSIONS[kind])
 
@@ -186,7 +203,12 @@ def _make_normal_table() -> Tensor:
     return torch.tensor([left << _FALL_BITS | (left - right) for left, right in pairwise(quantiles)])
 
 
-CONVERSIONS: dict[str, Callable[[Tensor], Tensor]] = {"uniform": to_uniform, "normal": to_normal}
+CONVERSIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "uniform": to_uniform,
+    "uniform of 11 bits": functools.partial(to_uniform, bits=11),
+    "uniform of 8 bits": functools.partial(to_uniform, bits=8),
+    "normal": to_normal,
+}
 
 _NORMAL_TABLES: dict[torch.device, Tensor] = {torch.device("cpu"): _make_normal_table()}
 

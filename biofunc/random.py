@@ -13,7 +13,6 @@ The same key gives the same numbers alone, in a loop, under `vmap` whatever the 
 used once: to draw, or to derive other keys.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -21,9 +20,10 @@ import torch
 from torch import Tensor
 
 from biofunc import philox
+from biofunc.accelerate import accelerate
 from biofunc.keys import check_key, fold_in, key, split
 
-__all__ = ["bernoulli", "beta", "fold_in", "gamma", "key", "normal", "rademacher", "split", "uniform"]
+__all__ = ["accelerate", "bernoulli", "beta", "fold_in", "gamma", "key", "normal", "rademacher", "split", "uniform"]
 
 
 def uniform(key: Tensor, shape: Sequence[int] = (), *, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -45,13 +45,13 @@ def uniform(key: Tensor, shape: Sequence[int] = (), *, dtype: torch.dtype = torc
     """
     check_key(key)
     count = math.prod(shape)
-    bits = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}.get(dtype)
+    kinds = {torch.float32: "uniform", torch.float16: "uniform of 11 bits", torch.bfloat16: "uniform of 8 bits"}
     if dtype == torch.float64:
         high, low = philox.words(key, 2 * count).reshape((*key.shape[:-1], count, 2)).unbind(-1)
         # ((high << 32) | low) & (2^53 - 1), without shifting into the sign
         draw = (((high & 0x1FFFFF) << 32) | low).to(torch.float64) * 2.0**-53
-    elif bits is not None:
-        draw = philox.draws(key, count, functools.partial(philox.to_uniform, bits=bits)).to(dtype)
+    elif dtype in kinds:
+        draw = philox.draws(key, count, kinds[dtype]).to(dtype)
     else:
         raise TypeError(f"dtype is {dtype}; uniform draws float32, float64, float16 or bfloat16")
     return draw.reshape((*key.shape[:-1], *shape))
@@ -78,7 +78,7 @@ def normal(key: Tensor, shape: Sequence[int] = (), *, dtype: torch.dtype = torch
     check_key(key)
     if not dtype.is_floating_point:
         raise TypeError(f"dtype is {dtype}; normal draws floating dtypes")
-    draw = philox.draws(key, math.prod(shape), philox.to_normal)
+    draw = philox.draws(key, math.prod(shape), "normal")
     return draw.to(dtype).reshape((*key.shape[:-1], *shape))
 
 
