@@ -1,6 +1,8 @@
 """What holds between rules, states and trees beyond a single rule, and what is refused before it can go wrong."""
 
 import collections
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -347,3 +349,10 @@ def test_a_compiled_step_tells_chains_apart():
         compiled = [run(learn, state, True) for learn, state in zip(chains, states, strict=True)]
     for learn, state, result in zip(chains, states, compiled, strict=True):
         assert_same(result, run(learn, state, False), ulps=4)
+
+
+def test_importing_the_library_does_not_import_the_compiler():
+    """The compiler alone takes longer than all else."""
+    code = "import sys, biofunc; print([name for name in ('torch._dynamo', 'torch._inductor') if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert found.strip() == "[]"
