@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test bench lint clean
 
 demo: .venv/demo
 	$(BIN)/python -m biofunc compare
@@ -11,6 +11,9 @@ demo: .venv/demo
 test: .venv/test lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term --cov-fail-under=95
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbmake notebooks -o filterwarnings=default
+
+bench: .venv/test
+	$(BIN)/python tests/benchmarks/run.py
 
 lint: .venv/test
 	$(BIN)/ruff check .

@@ -4,18 +4,14 @@ Each network is an ensemble of 3 members in one compiled step (inductor, fullgra
 weight splitting and once with Dale's principle. `python tests/benchmarks/three_networks.py` takes about nine minutes.
 """
 
-import pathlib
-import sys
 import time
 
 import torch
+from harness import models
 from torch.func import grad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
-import models
 
 import biofunc as bf
 

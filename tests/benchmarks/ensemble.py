@@ -1,0 +1,70 @@
+"""What does a step of one member cost in an ensemble of small networks?
+
+128 perceptrons 64-128-10, batch 64, volume-dependent and fuzzy rates and crystallisation under SGD: one compiled,
+vmapped step against pytorch_bio_transformations, whose members learn one after another. Seconds per member and step.
+"""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from harness import Row, main, models, race
+from torch.func import functional_call, grad
+from torch.nn.functional import cross_entropy
+
+import biofunc as bf
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from bio_transformations.bio_converter import BioConverter
+
+RULES = (bf.crystallize, bf.sgd(), bf.volume_dependent_lr, bf.fuzzy_learning_rates, bf.descend(0.1))
+
+
+def make() -> torch.nn.Module:
+    return models.mlp(64, (128,), 10)
+
+
+def stepped(members: int, x: torch.Tensor, y: torch.Tensor) -> Any:
+    """A function that makes one step of the whole ensemble."""
+    model, learn = make(), bf.chain(*RULES)
+
+    def step(params: Any, state: Any) -> Any:
+        grads = grad(lambda p: cross_entropy(functional_call(model, p, (x,)), y))(params)
+        params, _, state = learn(params, grads, state)
+        return params, state
+
+    params, _ = bf.ensemble.init(make, range(members))
+    now = [params, torch.vmap(learn.init)(params, bf.random.key(torch.arange(members)))]
+    compiled = torch.compile(torch.vmap(step), fullgraph=True)
+
+    def run() -> None:
+        now[:] = compiled(*now)
+
+    return run
+
+
+def measure(threads: int) -> Iterator[Row]:
+    torch.manual_seed(0)
+    x, y = torch.rand(64, 64), torch.randint(10, (64,))
+    original: list[Any] = [BioConverter()(make()) for _ in range(8)]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in original]
+
+    def theirs() -> None:
+        for model, optimizer in zip(original, optimizers, strict=True):
+            optimizer.zero_grad()
+            cross_entropy(model(x), y).backward()
+            model.volume_dependent_lr()
+            model.fuzzy_learning_rates()
+            model.crystallize()
+            optimizer.step()
+
+    for members in (8, 32, 128, 512):
+        target = {1: ">= 6", 2: ">= 10"}.get(threads, ">= 6") if members == 128 else ">= 1"
+        ours = stepped(members, x, y)
+        yield race(f"{members} members", ours, "0.0.5", theirs, target, threads=threads, per=(members, 8))
+
+
+if __name__ == "__main__":
+    main(__doc__ or "", measure)

@@ -1,0 +1,79 @@
+"""What does each mechanism cost in eager mode, against pytorch_bio_transformations?
+
+The 668,672 weights of a perceptron 784-512-512-10. Deterministic mechanisms must not be slower; random ones are timed
+against torch.randn of as many numbers, as tensor operations and with `random.accelerate()`.
+"""
+
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from harness import Row, main, models, race
+
+import biofunc as bf
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from bio_transformations.bio_converter import BioConverter
+
+DETERMINISTIC = {
+    "crystallize": bf.crystallize,
+    "fuzzy_learning_rates": bf.fuzzy_learning_rates,
+    "enforce_dales_principle": partial(bf.enforce_dales_principle, axis="postsynaptic"),
+}
+RANDOM = {"volume_dependent_lr": bf.volume_dependent_lr, "rejuvenate_weights": bf.rejuvenate_weights}
+
+
+def measure(threads: int) -> Iterator[Row]:
+    torch.manual_seed(0)
+    original: Any = BioConverter(apply_dales_principle=True)(models.mlp(784, (512, 512), 10))
+    layers = [layer for layer in original.modules() if hasattr(layer, "bio_mod")]
+    start = [layer.weight.detach().clone() for layer in layers]
+    slopes = [torch.randn_like(weight) * 0.01 for weight in start]
+
+    def reset() -> None:
+        for layer, slope, weight in zip(layers, slopes, start, strict=True):
+            layer.weight.data = weight.clone()
+            layer.weight.grad = slope.clone()
+            layer.bio_mod.fuzzy_learning_rate_parameters.data.fill_(1.0)
+
+    params = {str(i): weight for i, weight in enumerate(start)}
+    grads = {str(i): slope for i, slope in enumerate(slopes)}
+    learn = bf.chain(bf.crystallize, bf.fuzzy_learning_rates)
+    count = sum(weight.numel() for weight in start)
+
+    for name, rule in DETERMINISTIC.items():
+        chain = learn if name == "fuzzy_learning_rates" else bf.chain(rule, bf.fuzzy_learning_rates)
+        state = chain.init(params, bf.random.key(0))
+        alone = chain.rules[0] if name != "fuzzy_learning_rates" else chain.rules[1]
+        owners = original.modules() if name == "enforce_dales_principle" else [original]
+        methods = [getattr(owner, name) for owner in owners if hasattr(owner, name)]
+
+        def theirs(methods: Any = methods) -> None:
+            for method in methods:
+                method()
+
+        ours = partial(alone, params, grads, state)
+        yield race(name, ours, "0.0.5", theirs, "<= 1", threads=threads, before=(None, reset))
+    for name, rule in RANDOM.items():
+        state = bf.init(params, bf.random.key(0), rule)
+        ours, rival = partial(rule, params, grads, state), f"torch.randn({count:,})"
+        yield race(name, ours, rival, partial(torch.randn, count), "<= 8", threads=threads)
+        bf.random.accelerate()
+        yield race(f"{name}, accelerated", ours, rival, partial(torch.randn, count), "<= 2", threads=threads)
+        yield race(
+            f"{name}, accelerated",
+            ours,
+            "0.0.5",
+            getattr(original, name),
+            "<= 1",
+            threads=threads,
+            before=(None, reset),
+        )
+        bf.random.accelerate(False)
+
+
+if __name__ == "__main__":
+    main(__doc__ or "", measure)
