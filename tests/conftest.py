@@ -20,3 +20,10 @@ def global_generator_is_left_alone():
 
 def pytest_configure(config):
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

@@ -43,6 +43,7 @@ def test_counters_run_over_32_and_64_bits(accelerated):
         assert torch.equal(*accelerated(lambda key=key: random.uniform(key, (4099,))))
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("draw", DRAWS)
 def test_ensembles_and_compiled_steps_have_the_same_bits(accelerated, draw):
     keys = random.split(random.key(4), 6).reshape(2, 3, 2)

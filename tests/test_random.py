@@ -124,13 +124,6 @@ def assert_uncorrelated(streams):
     assert np.abs(r).max() < BOUND / math.sqrt(streams.shape[1])
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.fixture(scope="module")
 def every_normal():
     """The normals of all 2^24 inputs that differ."""
