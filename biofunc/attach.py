@@ -70,8 +70,8 @@ def attach(
 
     Raises:
         TypeError: an argument of another kind, or no rule.
-        ValueError: rules in the wrong place or order, an optimizer that has rules attached already or none of the
-            model's parameters, or ranks with different keys.
+        ValueError: rules in the wrong place or order, NAdam with rules that re-draw synapses, an optimizer that has
+            rules attached already or none of the model's parameters, a layer without shape, or ranks with other keys.
     """
     if not isinstance(optimizer, optim.Optimizer):
         raise TypeError(f"optimizer is {type(optimizer).__name__}; give an optimizer of torch.optim")

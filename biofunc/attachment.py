@@ -26,7 +26,6 @@ class Step:
     params: Leaves
     before: Leaves
     state: BioState
-    grads: Leaves = dataclasses.field(default_factory=dict)
     raw: Leaves = dataclasses.field(default_factory=dict)
 
 
@@ -196,7 +195,7 @@ class Attachment:
         grads = {path: grad.detach() if scale is None else grad.detach() / scale for path, grad in raw.items()}
         _, shaped, state = self._run("gradient", step.params, grads, self.state)
         first = not step.raw
-        step.raw, step.grads = raw, shaped
+        step.raw = raw
         if first:
             step.state = state
         if scale is not None:  # what a fused optimizer would do by itself

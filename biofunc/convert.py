@@ -277,10 +277,6 @@ def _learn(model: nn.Module, config: BioConfig, paths: list[str], lr: Hyperparam
     return chain(*rules)
 
 
-_ACTIVITY_PERIOD = 10
-"""The original draws the rates anew with a probability of 0.1 at each step."""
-
-
 def _optimizer(given: Any) -> Any:
     made = as_rule(given) if not isinstance(given, str) else None
     if made is None or made.phase != "optimizer":
@@ -288,12 +284,14 @@ def _optimizer(given: Any) -> Any:
     return made
 
 
+_ACTIVITY_PERIOD = 10
+"""The original draws the rates anew with a probability of 0.1 at each step."""
+
+
 def _fuzzy(model: nn.Module, config: BioConfig, paths: list[str]) -> list[Any]:
     """The rule that applies the rates, behind the one that lets them change, if any."""
-    nu, bounds = (
-        config.fuzzy_learning_rate_factor_nu,
-        {"rate_min": config.fuzzy_lr_min, "rate_max": config.fuzzy_lr_max},
-    )
+    nu = config.fuzzy_learning_rate_factor_nu
+    bounds = {"rate_min": config.fuzzy_lr_min, "rate_max": config.fuzzy_lr_max}
     bind, distribution = functools.partial, config.fuzzy_lr_distribution
     if distribution == "temporal":
         drift = bind(temporal_learning_rates, nu=nu, decay=config.fuzzy_lr_decay, **bounds)

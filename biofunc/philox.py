@@ -82,7 +82,7 @@ def draws(key: Tensor, count: int, kind: str) -> Tensor:
     if _through_operator(key) and size:
         width = _width([size])
         ahead = torch.arange(-(-size // width), device=key.device) * width
-        offset = advanced(key[..., 1:2], ahead)
+        offset = _advanced(key[..., 1:2], ahead)
         return rows(key[..., 0:1].expand_as(offset), offset, width, kind).flatten(-2)[..., :count]
     if torch.compiler.is_compiling() or size <= CACHED:
         return interleaved(_stream(key, 0, size), CONVERSIONS[kind])[..., :count]
@@ -111,7 +111,7 @@ def ragged_draws(keys: Sequence[Tensor], starts: Sequence[int], counts: Sequence
     ahead = [
         torch.arange(height, device=seed.device) * width + start for start, height in zip(starts, heights, strict=True)
     ]
-    drawn = rows(seed, advanced(first, torch.cat(ahead)), width, kind).flatten()
+    drawn = rows(seed, _advanced(first, torch.cat(ahead)), width, kind).flatten()
     begins = [4 * width * sum(heights[:i]) for i in range(len(heights))]
     return [drawn[begin : begin + count] for begin, count in zip(begins, counts, strict=True)]
 
@@ -127,7 +127,7 @@ def _width(sizes: Sequence[int]) -> int:
     return width
 
 
-def advanced(offset: Tensor, blocks: Tensor) -> Tensor:
+def _advanced(offset: Tensor, blocks: Tensor) -> Tensor:
     """offset + blocks modulo 2^64, without signed overflow."""
     low = (offset & WORD) + blocks
     return _join(low & WORD, ((offset >> 32) + (low >> 32)) & WORD)
@@ -150,6 +150,7 @@ def _through_operator(tensor: Tensor) -> bool:
 
 
 def drawn_rows(seed: Tensor, offset: Tensor, width: int, kind: str) -> Tensor:
+    """What `rows` draws, in tensor operations; also the body of the compiled kernel."""
     index = torch.arange(width, device=seed.device)
     return interleaved(blocks(seed.unsqueeze(-1), offset.unsqueeze(-1), index), CONVERSIONS[kind])
 
