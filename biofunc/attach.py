@@ -1,6 +1,8 @@
 """The bridge to loops with modules and torch.optim: rules that act at each step of an optimizer.
 
-gradient rules on .grad;  the optimizer's step;  update rules on (before - after);  weight rules on the weights
+    gradient rules on .grad;  the optimizer's step;  update rules on (before - after);  weight rules on the weights
+
+The rules of the three places are checked and ordered like those of a chain.
 """
 
 from collections.abc import Sequence
