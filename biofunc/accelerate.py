@@ -1,88 +1,124 @@
-"""Draws by a kernel that is compiled once: the same bits, several times faster in eager mode.
+"""Draws by a compiled kernel: the same bits, many times faster.
 
-In eager mode the generator is some hundred small operations. The same operations, compiled once for pieces of two fixed
-sizes, stand behind one custom operator, which `vmap` and `torch.compile` see as a whole: a compiled step then needs no
+In tensor operations the generator is some hundred passes over its words. `philox.cpp` is the same generator as one
+loop, behind two custom operators, which `vmap` and `torch.compile` see as a whole: a compiled step then needs no
 generator of its own, so that it also compiles faster.
 """
 
+import ctypes
 import functools
+import os
+import pathlib
 import shutil
-import types
-from collections.abc import Callable
+import subprocess
+import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from biofunc import philox
 
 __all__ = ["accelerate"]
 
-PIECES = (1 << 15, 1 << 10)
-"""Blocks per call of the compiled kernel: few calls for large draws, little waste for small ones."""
+BITS = {"uniform": 24, "uniform of 11 bits": 11, "uniform of 8 bits": 8, "normal": 0}
+"""What the kernel calls the kinds of `philox.CONVERSIONS`."""
+
+FLAGS = (("-march=native", "-fopenmp"), ("-fopenmp",), ("-march=native",), ())
+"""From fast to plain: some compilers know no OpenMP, or not the machine that they run on."""
 
 
 def accelerate(on: bool = True) -> None:
     """Turns compiled draws on the CPU on or off, for the whole process; no number changes.
 
-    The first draw of each kind then takes some seconds, in which the kernel is compiled (or found in the compiler's
-    cache). Inside `torch.compile` the operator is called as it is, so that the step compiles faster; turn it on before
-    the step is compiled.
+    The kernel is compiled at the first call, which takes less than a second. Inside `torch.compile` the operator is
+    called as it is, so that the step compiles faster; turn it on before the step is compiled.
 
     Args:
         on: whether draws on the CPU use the compiled kernel; other devices are not affected.
 
     Raises:
-        RuntimeError: there is no C++ compiler.
+        RuntimeError: there is no C++ compiler, or it fails.
     """
-    if on and not any(shutil.which(compiler) for compiler in ("g++", "clang++", "c++")):
-        raise RuntimeError("accelerate needs a C++ compiler; install g++, or draw without")
+    if on:
+        _kernel()
     philox.ACCELERATED = on
 
 
 @functools.cache
-def _kernel(kind: str, rows: int, width: int) -> Callable[[Tensor, Tensor, Tensor], None]:
-    """Writes the draws of some rows into `out`; compiled for this number and width of rows."""
-
-    def fill(seed: Tensor, offset: Tensor, out: Tensor) -> None:
-        out.copy_(philox.drawn_rows(seed, offset, width, kind))
-
-    # The compiler counts the versions of a code object and stops at 8: each kernel gets one of its own
-    code = fill.__code__.replace(co_name=f"fill_{rows}_rows_of_{width}_{kind.replace(' ', '_')}")
-    own = types.FunctionType(code, fill.__globals__, closure=fill.__closure__)
-    return torch.compile(own, fullgraph=True, dynamic=False)
-
-
-@torch.library.custom_op("biofunc::rows", mutates_args=())
-def _rows(seed: Tensor, offset: Tensor, width: int, kind: str) -> Tensor:
-    seeds, offsets, out = seed.flatten(), offset.flatten(), torch.empty(seed.numel(), 4 * width)
-    large, small = [max(1, size // width) for size in PIECES]
-    at, rows = 0, len(seeds)
-    while at < rows:
-        count = large if rows - at >= large else small
-        piece = slice(at, at + count)
-        if at + count <= rows:
-            _kernel(kind, count, width)(seeds[piece], offsets[piece], out[piece])
-        else:
-            missing, padded = (0, at + count - rows), torch.empty(count, 4 * width)
-            _kernel(kind, count, width)(pad(seeds[piece], missing), pad(offsets[piece], missing), padded)
-            out[piece] = padded[: rows - at]
-        at += count
-    return out.reshape(*seed.shape, 4 * width)
+def _kernel() -> ctypes.CDLL:
+    """philox.cpp, compiled for this machine."""
+    compilers = [os.environ.get("CXX", ""), "g++", "clang++", "c++"]
+    compiler = next((found for name in compilers if name and (found := shutil.which(name))), None)
+    if compiler is None:
+        raise RuntimeError("accelerate needs a C++ compiler; install g++, or draw without")
+    source = pathlib.Path(__file__).with_name("philox.cpp")
+    with tempfile.TemporaryDirectory() as folder:
+        library = pathlib.Path(folder) / "philox.so"
+        for flags in FLAGS:
+            command = [compiler, "-std=c++17", "-O3", "-shared", "-fPIC", *flags, str(source), "-o", str(library)]
+            run = subprocess.run(command, capture_output=True, text=True, check=False)
+            if run.returncode == 0:
+                return ctypes.CDLL(str(library))
+    raise RuntimeError(f"accelerate: {compiler} could not compile {source}: {run.stderr.strip()[-500:]}")
 
 
-@_rows.register_fake
-def _(seed: Tensor, offset: Tensor, width: int, kind: str) -> Tensor:
-    return seed.new_empty((*seed.shape, 4 * width), dtype=torch.float32)
+def _array(values: Sequence[int]) -> Any:
+    return (ctypes.c_int64 * len(values))(*values)
 
 
-def _batched(info: Any, dims: tuple[int | None, ...], seed: Tensor, offset: Tensor, width: int, kind: str) -> Any:
-    seed, offset = [
-        tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-        for tensor, dim in zip((seed, offset), dims, strict=False)
-    ]
-    return _rows(seed, offset, width, kind), 0
+def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
 
 
-_rows.register_vmap(_batched)
+torch.library.define("biofunc::draws", "(Tensor keys, int[] starts, int[] counts, str kind) -> Tensor")
+torch.library.define("biofunc::derive", "(Tensor keys, Tensor low, Tensor high, int domain) -> Tensor")
+
+
+@torch.library.impl("biofunc::draws", "cpu")
+def _draws(keys: Tensor, starts: list[int], counts: list[int], kind: str) -> Tensor:
+    keys, out = keys.contiguous(), torch.empty(*keys.shape[:-2], sum(counts))
+    members, leaves = ctypes.c_int64(keys[..., 0, 0].numel()), ctypes.c_int64(len(counts))
+    table, threads = _pointer(philox.normal_table(keys.device)), torch.get_num_threads()
+    _kernel().biofunc_draws(
+        _pointer(keys), members, leaves, _array(starts), _array(counts), BITS[kind], table, _pointer(out), threads
+    )
+    return out
+
+
+@torch.library.impl("biofunc::derive", "cpu")
+def _derive(keys: Tensor, low: Tensor, high: Tensor, domain: int) -> Tensor:
+    keys, low, high = keys.contiguous(), low.contiguous(), high.contiguous()
+    out, count = torch.empty_like(keys), ctypes.c_int64(low.numel())
+    _kernel().biofunc_derive(
+        _pointer(keys), _pointer(low), _pointer(high), ctypes.c_int64(domain), count, _pointer(out)
+    )
+    return out
+
+
+def _empty_draws(keys: Tensor, starts: list[int], counts: list[int], kind: str) -> Tensor:
+    return keys.new_empty((*keys.shape[:-2], sum(counts)), dtype=torch.float32)
+
+
+def _empty_keys(keys: Tensor, low: Tensor, high: Tensor, domain: int) -> Tensor:
+    return keys.new_empty(keys.shape)
+
+
+def _front(tensor: Tensor, dim: int | None, members: int) -> Tensor:
+    return tensor.expand(members, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+def _draws_of_members(info: Any, dims: Any, keys: Tensor, starts: list[int], counts: list[int], kind: str) -> Any:
+    return torch.ops.biofunc.draws(_front(keys, dims[0], info.batch_size), starts, counts, kind), 0
+
+
+def _derive_of_members(info: Any, dims: Any, *given: Any) -> Any:
+    tensors = [_front(tensor, dim, info.batch_size) for tensor, dim in zip(given[:3], dims[:3], strict=True)]
+    return torch.ops.biofunc.derive(*tensors, given[3]), 0
+
+
+torch.library.register_fake("biofunc::draws", _empty_draws)
+torch.library.register_fake("biofunc::derive", _empty_keys)
+torch.library.register_vmap("biofunc::draws", _draws_of_members)
+torch.library.register_vmap("biofunc::derive", _derive_of_members)

@@ -20,6 +20,9 @@ CACHED = 1 << 14
 ACCELERATED = False
 """Whether draws on the CPU go through the compiled kernel of `accelerate`."""
 
+TOGETHER = 1 << 20
+"""Values that the kernel draws for several leaves at once."""
+
 Word = Tensor | int
 """An unsigned 32-bit word, held in int64."""
 
@@ -62,6 +65,12 @@ def blocks(seed: Tensor, offset: Tensor, low: Word, high: Word = 0, domain: int 
 
 def derive(key: Tensor, low: Word, high: Word = 0, domain: int = 0) -> Tensor:
     """The key that the block at a counter makes: its words as two int64."""
+    if _through_operator(key) and not torch.compiler.is_compiling():
+        _, *spread = torch.broadcast_tensors(  # type: ignore[no-untyped-call]
+            key[..., 0], torch.as_tensor(low), torch.as_tensor(high)
+        )
+        derived: Tensor = torch.ops.biofunc.derive(key.expand(*spread[0].shape, 2), *spread, domain)
+        return derived
     r0, r1, r2, r3 = blocks(key[..., 0], key[..., 1], low, high, domain)
     return torch.stack([_join(r0, r1), _join(r2, r3)], -1)
 
@@ -78,12 +87,10 @@ def words(key: Tensor, count: int) -> Tensor:
 
 def draws(key: Tensor, count: int, kind: str) -> Tensor:
     """The first words of the streams of keys `(..., 2)` as numbers, shape `(..., count)`."""
+    if _through_operator(key):
+        drawn: Tensor = torch.ops.biofunc.draws(key.unsqueeze(-2), [0], [count], kind)
+        return drawn
     size = -(-count // 4)
-    if _through_operator(key) and size:
-        width = _width([size])
-        ahead = torch.arange(-(-size // width), device=key.device) * width
-        offset = _advanced(key[..., 1:2], ahead)
-        return rows(key[..., 0:1].expand_as(offset), offset, width, kind).flatten(-2)[..., :count]
     if torch.compiler.is_compiling() or size <= CACHED:
         return interleaved(_stream(key, 0, size), CONVERSIONS[kind])[..., :count]
     ends = [*range(0, size, CACHED), size]
@@ -95,12 +102,20 @@ def _stream(key: Tensor, start: int, stop: int) -> list[Tensor]:
     return blocks(key[..., 0:1], key[..., 1:2], torch.arange(start, stop, device=key.device))
 
 
-def ragged_draws(keys: Sequence[Tensor], starts: Sequence[int], counts: Sequence[int], kind: str) -> list[Tensor]:
+def ragged_draws(keys: list[Tensor], starts: list[int], counts: list[int], kind: str) -> list[Tensor]:
     """Draws from keys `(2,)`, from some block of their streams on, in one Philox call.
 
     A tree of many leaves then costs as many kernel launches as a single leaf. The blocks lie in rows of one width, each
     of which has one key: what belongs to a key is computed once for a row.
     """
+    if not counts:
+        return []
+    if _through_operator(keys[0]):
+        leaves: list[Tensor] = []
+        for some in _groups(counts):
+            values = torch.ops.biofunc.draws(torch.stack(keys[some]), starts[some], counts[some], kind)
+            leaves += torch.split(values, counts[some])
+        return leaves
     sizes = [-(-count // 4) for count in counts]
     width = _width(sizes)
     heights = [-(-size // width) for size in sizes]
@@ -114,6 +129,20 @@ def ragged_draws(keys: Sequence[Tensor], starts: Sequence[int], counts: Sequence
     drawn = rows(seed, _advanced(first, torch.cat(ahead)), width, kind).flatten()
     begins = [4 * width * sum(heights[:i]) for i in range(len(heights))]
     return [drawn[begin : begin + count] for begin, count in zip(begins, counts, strict=True)]
+
+
+def _groups(counts: Sequence[int]) -> list[slice]:
+    """Runs of leaves that the operator draws at once: many small ones, or a large one alone.
+
+    One buffer for all of a large tree would be mapped anew, page by page, at each step.
+    """
+    begins, total = [0], 0
+    for index, count in enumerate(counts):
+        if total and total + count > TOGETHER:
+            begins.append(index)
+            total = 0
+        total += count
+    return [slice(begin, end) for begin, end in pairwise([*begins, len(counts)])]
 
 
 def _width(sizes: Sequence[int]) -> int:
@@ -135,9 +164,6 @@ def _advanced(offset: Tensor, blocks: Tensor) -> Tensor:
 
 def rows(seed: Tensor, offset: Tensor, width: int, kind: str) -> Tensor:
     """Draws of `width` blocks of each of many keys `(seed, offset)`: `(..., rows)` gives `(..., rows, 4 width)`."""
-    if _through_operator(seed):
-        drawn: Tensor = torch.ops.biofunc.rows(seed, offset, width, kind)
-        return drawn
     count = max(1, CACHED // width)
     if torch.compiler.is_compiling() or seed.shape[-1] <= count:
         return drawn_rows(seed, offset, width, kind)
@@ -184,7 +210,7 @@ def to_normal(words: Tensor) -> Tensor:
     q_bits = (((words & 0x7FFFFF) << 1) | 1).to(torch.float32).view(torch.int32).to(torch.int64)
     # The clamp changes nothing; it spares the compiled kernel the check of each index
     segment = ((q_bits >> 17) - _FIRST_SEGMENT).clamp(0, _SEGMENTS - 1)
-    entry = _normal_table(words.device)[segment]
+    entry = normal_table(words.device)[segment]
     # Below 2^52: exact in int64. The cast is the only rounding.
     magnitude: Tensor = ((entry >> _FALL_BITS) << 17) - (entry & ((1 << _FALL_BITS) - 1)) * (q_bits & 0x1FFFF)
     return (magnitude * to_sign(words)).to(torch.float32) / (1 << (_QUANTILE_BITS + 17))
@@ -220,5 +246,5 @@ def prepare(device: torch.device) -> None:
         _NORMAL_TABLES[device] = _NORMAL_TABLES[torch.device("cpu")].to(device)
 
 
-def _normal_table(device: torch.device) -> Tensor:
+def normal_table(device: torch.device) -> Tensor:
     return _NORMAL_TABLES[device] if device in _NORMAL_TABLES else _NORMAL_TABLES[torch.device("cpu")].to(device)

@@ -1,13 +1,17 @@
-"""Draws through the compiled operator are the draws without it, bit for bit."""
+"""Draws by the compiled kernel are the draws without it, bit for bit."""
+
+import subprocess
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import biofunc as bf
 from biofunc import accelerate as module
 from biofunc import philox, random
 
-SIZES = [0, 1, 7, 1000, 4099, 4 * sum(module.PIECES) + 5]
+SIZES = [0, 1, 7, 255, 256, 257, 1000, 4096, 4099, 40_001]
 DRAWS = [random.uniform, random.normal]
 
 
@@ -76,13 +80,115 @@ def test_noise_passes_through_gradients(accelerated):
     assert torch.equal(*accelerated(torch.func.grad(value), torch.ones(50)))
 
 
+words = st.integers(-(2**63), 2**63 - 1)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    seed=words, offset=words, counts=st.lists(st.integers(0, 600), min_size=1, max_size=4), start=st.integers(0, 2**62)
+)
+def test_any_keys_counters_and_counts_have_the_same_bits(seed, offset, counts, start):
+    keys = [random.fold_in(torch.tensor([seed, offset]), leaf) for leaf in range(len(counts))]
+    keys[0] = torch.tensor([seed, offset])
+    starts = [start + leaf for leaf in range(len(counts))]
+    for kind in philox.CONVERSIONS:
+        without = philox.ragged_draws(keys, starts, counts, kind)
+        random.accelerate()
+        try:
+            drawn = philox.ragged_draws(keys, starts, counts, kind)
+        finally:
+            random.accelerate(False)
+        assert [leaf.tolist() for leaf in drawn] == [leaf.tolist() for leaf in without]
+
+
+@settings(deadline=None, max_examples=100)
+@given(seed=words, offset=words, data=words, name=st.text(max_size=5))
+def test_any_derived_keys_have_the_same_bits(seed, offset, data, name):
+    key = torch.tensor([[seed, offset], [offset, seed]])
+
+    def derived():
+        integers = torch.tensor([data, 0, -1])
+        return [
+            random.split(key, 3),
+            random.fold_in(key, data),
+            random.fold_in(key, name),
+            random.fold_in(key[:, None], integers),
+            torch.vmap(random.fold_in, in_dims=(0, None))(key, integers[0]),
+            torch.vmap(random.fold_in, in_dims=(None, 0))(key[0], integers),
+            torch.vmap(lambda one: random.fold_in(one, name))(key),
+        ]
+
+    without = derived()
+    random.accelerate()
+    try:
+        drawn = derived()
+    finally:
+        random.accelerate(False)
+    assert [keys.tolist() for keys in drawn] == [keys.tolist() for keys in without]
+
+
+def test_all_normals_are_those_of_the_table(accelerated):
+    """2^22 words hit every segment of the table, on both sides."""
+    assert torch.equal(*accelerated(random.normal, random.key(8), (1 << 22,)))
+
+
+def test_the_number_of_threads_changes_no_bit(accelerated):
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(*accelerated(random.normal, random.key(9), (200_003,)))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_large_leaves_are_drawn_apart_from_small_ones(accelerated, monkeypatch):
+    monkeypatch.setattr(philox, "TOGETHER", 1000)
+    counts = [10, 2000, 300, 300, 300, 300, 0, 1000, 1001, 5]
+    keys = list(random.split(random.key(10), len(counts)))
+    without, drawn = accelerated(philox.ragged_draws, keys, [0] * len(counts), counts, "normal")
+    for leaf, other, count in zip(drawn, without, counts, strict=True):
+        assert leaf.shape == (count,)
+        assert torch.equal(leaf, other)
+
+
 def test_without_a_compiler_nothing_changes(monkeypatch):
+    module._kernel.cache_clear()
     monkeypatch.setattr(module.shutil, "which", lambda name: None)
     with pytest.raises(RuntimeError, match=r"needs a C\+\+ compiler; install g\+\+"):
         random.accelerate()
     assert not philox.ACCELERATED
 
 
-def test_the_operator_tells_the_shape_of_what_it_draws():
-    seed, offset = random.split(random.key(7), 3).unbind(-1)
-    torch.library.opcheck(torch.ops.biofunc.rows.default, (seed, offset, 8, "normal"))
+def test_a_compiler_that_fails_is_named_with_what_it_says(monkeypatch, tmp_path):
+    module._kernel.cache_clear()
+    broken = tmp_path / "c++"
+    broken.write_text("#!/bin/sh\necho no such thing >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    with pytest.raises(RuntimeError, match=r"could not compile .*philox\.cpp: no such thing"):
+        random.accelerate()
+    assert not philox.ACCELERATED
+
+
+def test_a_compiler_without_openmp_will_do(monkeypatch, accelerated):
+    module._kernel.cache_clear()
+    run = subprocess.run
+    tried = []
+
+    def without_openmp(command, **keywords):
+        tried.append(command)
+        return run(["false"] if "-fopenmp" in command else command, **keywords)
+
+    monkeypatch.setattr(module.subprocess, "run", without_openmp)
+    assert torch.equal(*accelerated(random.normal, random.key(11), (70_001,)))
+    assert len(tried) == 3
+    module._kernel.cache_clear()
+
+
+def test_the_operators_tell_the_shape_of_what_they_draw():
+    keys = random.split(random.key(7), 6).reshape(2, 3, 2)
+    low, high = torch.arange(6).reshape(2, 3), torch.ones(2, 3, dtype=torch.int64)
+    for given_ in [(keys, [0, 1, 2], [5, 0, 9], "normal"), (keys[:0], [0, 1, 2], [5, 0, 9], "uniform")]:
+        torch.library.opcheck(torch.ops.biofunc.draws.default, given_)
+    torch.library.opcheck(torch.ops.biofunc.derive.default, (keys, low, high, 1))
