@@ -109,10 +109,32 @@ def _hash_names(names: tuple[str, ...]) -> tuple[int, ...]:
 
 def fold_in_names(key: Tensor, names: Sequence[str]) -> Tensor:
     """Keys of many names at once: `stack([fold_in(key, name) for name in names])`, in one Philox call."""
-    hashed = tuple([hash_name(name) for name in names]) if torch.compiler.is_compiling() else _hash_names(tuple(names))
-    words = torch.tensor([philox.words_of(value) for value in hashed], dtype=torch.int64, device=key.device)
-    low, high = words.reshape(-1, 2).unbind(-1)
+    low, high = _words_of(tuple(names), key.device).unbind(-1)
     return philox.derive(key.unsqueeze(-2), low, high, domain=_NAMES)
+
+
+_WORDS: dict[tuple[tuple[str, ...], torch.device], Tensor] = {}
+
+
+def _words_of(names: tuple[str, ...], device: torch.device) -> Tensor:
+    """The hashes of names as words, `(names, 2)`.
+
+    On other devices than the CPU they are kept: to copy them there at each step would make the host wait for the
+    device.
+    """
+    eager = not torch.compiler.is_compiling()
+    if eager and (names, device) in _WORDS:
+        return _WORDS[names, device]
+    hashed = _hash_names(names) if eager else tuple([hash_name(name) for name in names])
+    words = torch.tensor([philox.words_of(value) for value in hashed], dtype=torch.int64, device=device).reshape(-1, 2)
+    if eager and device.type != "cpu" and _outlives_this_call(words):
+        _WORDS[names, device] = words
+    return words
+
+
+def _outlives_this_call(tensor: Tensor) -> bool:
+    """Whether a new tensor is an ordinary one, neither fake nor the wrapper of a transformation that will end."""
+    return type(tensor) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def check_key(key: Tensor) -> None:

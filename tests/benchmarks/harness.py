@@ -2,7 +2,8 @@
 
 Every script answers one question: `python tests/benchmarks/draws.py --threads 2 --json draws.json`. Times are medians
 over rounds of torch.utils.benchmark, with the interquartile range; "busy" is how much of the machine other processes
-used meanwhile, in cores.
+used meanwhile, in cores. `--device cuda` runs the same comparison on a GPU, where threads mean nothing. `--quick` only
+shows that a script runs; its figures are worthless.
 """
 
 import argparse
@@ -24,18 +25,21 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 import models  # noqa: F401  # tests/models.py, for the scripts
 
+QUICK = False
+"""Whether rounds are cut short, to see that a script runs."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One comparison: what was timed against what, seconds per call, and the ratio that it must reach.
 
     ratio is ours / rival where the target is a largest one ("<= 2") or none (""), rival / ours where it is a smallest
-    one (">= 5").
+    one (">= 5") or a ratio of that kind without a bound (">=").
     """
 
     case: str
     rival: str
-    threads: int
+    threads: int | None
     ours: float
     ours_iqr: float
     theirs: float
@@ -49,7 +53,7 @@ class Row:
 
     @property
     def reached(self) -> bool:
-        if not self.target:
+        if not self.target[2:]:
             return True
         bound = float(self.target[2:])
         return self.ratio >= bound if self.target.startswith(">=") else self.ratio <= bound
@@ -62,9 +66,9 @@ def race(
     theirs: Callable[[], object],
     target: str,
     *,
-    threads: int,
+    threads: int | None,
     before: tuple[Callable[[], object] | None, Callable[[], object] | None] = (None, None),
-    per: tuple[int, int] = (1, 1),
+    per: tuple[float, float] = (1, 1),
     seconds: float = 0.3,
     rounds: int = 7,
 ) -> Row:
@@ -72,10 +76,12 @@ def race(
 
     before: what each needs before every call, untimed; per: how many units of work (members, steps) a call does.
     """
+    if QUICK:
+        seconds, rounds = 0.01, 1
     timers = []
     for function, prepare in zip((ours, theirs), before, strict=True):
         names = {"function": function, "prepare": prepare or (lambda: None)}
-        timers.append((Timer("function()", "prepare()", globals=names, num_threads=threads), prepare))
+        timers.append((Timer("function()", "prepare()", globals=names, num_threads=threads or 1), prepare))
     for timer, _ in timers:  # compilation, caches, the allocator's thresholds
         timer.timeit(1)
         timer.timeit(1)
@@ -140,29 +146,48 @@ def table(rows: Iterable[Row]) -> Iterator[str]:
         mark = "" if row.reached else " **missed**"
         cells = [
             row.case,
-            row.threads,
+            row.threads or "-",
             ours,
             theirs,
             f"{row.ratio:.2f}",
-            f"{row.target or '-'}{mark}",
+            f"{row.target if row.target[2:] else '-'}{mark}",
             f"{row.busy:.1f}",
         ]
         yield f"| {' | '.join(map(str, cells))} |"
 
 
-def main(question: str, measure: Callable[[int], Iterable[Row]]) -> None:
-    """Runs a script's measurements, prints them and writes them down."""
+def main(
+    question: str,
+    measure: Callable[[int | None, argparse.Namespace], Iterable[Row]],
+    more: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
+) -> None:
+    """Runs a script's measurements, prints them and writes them down.
+
+    measure: rows for a number of threads (None on a GPU) and the options, of which `device` is a torch.device; more:
+    adds options of the script's own.
+    """
+    global QUICK
     parser = argparse.ArgumentParser(description=question)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, nargs="+", help="default: 1 2; on the CPU alone")
+    parser.add_argument("--quick", action="store_true", help="one short round on one thread: does the script run?")
     parser.add_argument("--json", type=pathlib.Path)
+    more(parser)
     options = parser.parse_args()
-    rows = []
-    for threads in options.threads:
-        torch.set_num_threads(threads)
-        rows += list(measure(threads))
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.exit(2, f"{parser.prog}: --device cuda: no CUDA device here; give cpu\n")
+    QUICK, options.device = options.quick, torch.device(options.device)
     machine = (
         f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, {os.cpu_count()} cores"
     )
+    choices: list[int | None] = options.threads or ([1] if options.quick else [1, 2])
+    if options.device.type == "cuda":
+        machine, choices = f"{torch.cuda.get_device_name(options.device)}, {machine}", [None]
+    rows = []
+    for threads in choices:
+        if threads:
+            torch.set_num_threads(threads)
+        rows += list(measure(threads, options))
     print(f"{question}\n\n{machine}, {datetime.date.today()}\n")
     print("\n".join(table(rows)))
     if options.json:

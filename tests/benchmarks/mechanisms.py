@@ -4,6 +4,7 @@ The 668,672 weights of a perceptron 784-512-512-10. Deterministic mechanisms mus
 against torch.randn of as many numbers, as tensor operations and with `random.accelerate()`.
 """
 
+import argparse
 import warnings
 from collections.abc import Iterator
 from functools import partial
@@ -26,9 +27,10 @@ DETERMINISTIC = {
 RANDOM = {"volume_dependent_lr": bf.volume_dependent_lr, "rejuvenate_weights": bf.rejuvenate_weights}
 
 
-def measure(threads: int) -> Iterator[Row]:
+def measure(threads: int | None, options: argparse.Namespace) -> Iterator[Row]:
+    device = options.device
     torch.manual_seed(0)
-    original: Any = BioConverter(apply_dales_principle=True)(models.mlp(784, (512, 512), 10))
+    original: Any = BioConverter(apply_dales_principle=True)(models.mlp(784, (512, 512), 10)).to(device)
     layers = [layer for layer in original.modules() if hasattr(layer, "bio_mod")]
     start = [layer.weight.detach().clone() for layer in layers]
     slopes = [torch.randn_like(weight) * 0.01 for weight in start]
@@ -58,9 +60,13 @@ def measure(threads: int) -> Iterator[Row]:
     for name, rule in RANDOM.items():
         state = bf.init(params, bf.random.key(0), rule)
         ours, rival = partial(rule, params, grads, state), f"torch.randn({count:,})"
-        yield race(name, ours, rival, partial(torch.randn, count), "<= 8", threads=threads)
+        yield race(name, ours, rival, partial(torch.randn, count, device=device), "<= 8", threads=threads)
+        if device.type != "cpu":
+            continue
         bf.random.accelerate()
-        yield race(f"{name}, accelerated", ours, rival, partial(torch.randn, count), "<= 2", threads=threads)
+        yield race(
+            f"{name}, accelerated", ours, rival, partial(torch.randn, count, device=device), "<= 2", threads=threads
+        )
         yield race(
             f"{name}, accelerated",
             ours,

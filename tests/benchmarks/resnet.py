@@ -4,6 +4,7 @@ Compiled steps against the original's methods in the order of its README, one up
 the same gradients and rates before every call.
 """
 
+import argparse
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -27,9 +28,10 @@ RULES = {
 METHODS = ("volume_dependent_lr", "fuzzy_learning_rates", "crystallize")
 
 
-def measure(threads: int) -> Iterator[Row]:
+def measure(threads: int | None, options: argparse.Namespace) -> Iterator[Row]:
+    device = options.device
     torch.manual_seed(0)
-    original: Any = BioConverter()(models.ResNet18())
+    original: Any = BioConverter()(models.ResNet18()).to(device)
     layers = [layer for layer in original.modules() if hasattr(layer, "bio_mod")]
     slopes = [torch.randn_like(layer.weight) * 0.01 for layer in layers]
     start = [layer.weight.detach().clone() for layer in layers]

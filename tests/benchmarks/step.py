@@ -4,6 +4,7 @@ Perceptron 784-512-512-10, batch 64, volume-dependent and fuzzy rates and crysta
 the plain step of a module with torch.optim.SGD.
 """
 
+import argparse
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,10 +18,11 @@ import biofunc as bf
 MECHANISMS = (bf.crystallize, bf.sgd(), bf.volume_dependent_lr, bf.fuzzy_learning_rates, bf.descend(0.1))
 
 
-def measure(threads: int) -> Iterator[Row]:
+def measure(threads: int | None, options: argparse.Namespace) -> Iterator[Row]:
+    device = options.device
     torch.manual_seed(0)
-    x, y = torch.rand(64, 784), torch.randint(10, (64,))
-    model, skeleton = [models.mlp(784, (512, 512), 10) for _ in range(2)]
+    x, y = torch.rand(64, 784, device=device), torch.randint(10, (64,), device=device)
+    model, skeleton = [models.mlp(784, (512, 512), 10).to(device) for _ in range(2)]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
     def plain() -> None:
