@@ -82,8 +82,11 @@ def crystallize(
         settled = (push < crystal_thresh * size) | (push > finite_mean(size))
         if not freeze_silent:
             settled = settled & (push > 0)
-        damped = torch.minimum(rate, torch.clamp(rate * dampening_factor, min=floor))
-        recovered = rate + recovery * ((1.0 if innate is None else innate) - rate)
+        damped, recovered = rate * dampening_factor, rate
+        if isinstance(floor, Tensor) or floor > 0:
+            damped = torch.minimum(rate, damped.clamp(min=floor))
+        if isinstance(recovery, Tensor) or recovery > 0:
+            recovered = rate + recovery * ((1.0 if innate is None else innate) - rate)
         return torch.where(settled, damped, recovered)
 
     plasticity = {

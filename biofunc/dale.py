@@ -141,12 +141,11 @@ def _per_synapse(signs: Tensor, w: Tensor) -> Tensor:
     return signs.expand(-1, w.shape[0] // signs.shape[0], *signs.shape[2:]).flatten(0, 1).contiguous()
 
 
-def _violates(w: Tensor, path: str, state: BioState) -> Tensor:
-    """Mask of the synapses whose sign is not that of their neuron; zeros and NaN have none."""
+def _signs(path: str, state: BioState) -> Tensor:
+    """The polarity of a leaf, as it broadcasts with the weight."""
     if path not in state.polarity:
         raise KeyError(f"state has no polarity of '{path}'; make it with the rule restricted as it is at the step")
-    violates: Tensor = w * state.polarity[path] < 0
-    return violates
+    return state.polarity[path]
 
 
 @rule(
@@ -200,8 +199,13 @@ def enforce_dales_principle(
     Differs: one sign per presynaptic neuron (the original: per row, and per kernel in Conv); signs of the majority,
     or +1 with probability 0.8 (the original: 0.5); no -0; the last layer is projected too.
     """
-    weights = {path: torch.where(_violates(w, path, state), 0.0, w) for path, w in params.items()}
-    return weights, grads, state
+
+    def projected(w: Tensor, sign: Tensor) -> Tensor:
+        lowest = torch.where(sign > 0, 0.0, -torch.inf)
+        highest = torch.where(sign < 0, 0.0, torch.inf)
+        return w.clamp(min=lowest).clamp(max=highest).add_(0.0)  # + 0: of a -0, clamp makes either zero
+
+    return {path: projected(w, _signs(path, state)) for path, w in params.items()}, grads, state
 
 
 @rule(
@@ -248,5 +252,9 @@ def impose_dales_principle(
 
     Differs: as for `enforce_dales_principle`; a trained network keeps the signs of the majority.
     """
-    weights = {path: torch.where(_violates(w, path, state), -w, w) for path, w in params.items()}
+
+    def turned(w: Tensor, sign: Tensor) -> Tensor:
+        return torch.where(w * sign < 0, -w, w)
+
+    weights = {path: turned(w, _signs(path, state)) for path, w in params.items()}
     return weights, grads, state

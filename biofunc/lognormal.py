@@ -9,7 +9,6 @@ the mean and the standard deviation of the sizes of its leaf:
 """
 
 import torch
-from torch import Tensor
 
 from biofunc.decorator import GIVEN, rule
 from biofunc.noise import Noise
@@ -68,17 +67,13 @@ def rejuvenate_weights_lognormal(
     for path, w in params.items():
         size = w.abs()
         mean = finite_mean(size)
-        finite = torch.isfinite(w)
-        variance_of_size = finite_mean(torch.where(finite, size - mean, torch.nan) ** 2)
-        deviation = finite_mean(torch.where(finite, w - finite_mean(w), torch.nan) ** 2).sqrt()
-        dies = (death[path] < torch.exp(-dre * size / deviation)) & finite & (deviation > 0)
+        variance_of_size = finite_mean((size - mean) ** 2)
+        deviation = finite_mean((w - finite_mean(w)) ** 2).sqrt()
+        # Never true where w is NaN or infinite
+        dies = (death[path] < torch.exp_(-dre * size / deviation)) & (deviation > 0)
         sigma = spread * torch.log1p(variance_of_size / mean**2).sqrt()
-        new = mean * torch.exp(sigma * z[path] - sigma * sigma / 2)
+        new = mean * torch.exp_(sigma * z[path] - sigma * sigma / 2)
         redrawn[path] = dies
-        sign = state.polarity[path] if path in state.polarity else _sign(w, z[path])
-        weights[path] = torch.where(dies, new * sign, w)
+        sign = state.polarity[path] if path in state.polarity else torch.where(w == 0, z[path], w)
+        weights[path] = torch.where(dies, torch.copysign(new, sign), w)
     return weights, grads, state.restart(redrawn)
-
-
-def _sign(w: Tensor, z: Tensor) -> Tensor:
-    return torch.where(w == 0, torch.where(z < 0, -1.0, 1.0), w.sign()).to(w.dtype)

@@ -80,14 +80,14 @@ def rejuvenate_weights(
         largest = finite_max(size)
         if rate is not None:
             frailty = (size + _tie_break(largest)) / first[path].abs() if small else first[path]
-            dies = _smallest(frailty, w.numel() * rate, coin[path])
-        elif small:
-            dies = (first[path] * (largest / dre)).abs() > size
+            dies = _smallest(frailty, w.numel() * rate, coin[path]) & (size < torch.inf)
+        elif small:  # False where w is NaN or infinite
+            dies = torch.abs_(first[path] * (largest / dre)) > size
         else:
-            dies = first[path] < finite_mean(torch.erfc(size * (dre / (largest * math.sqrt(2)))))
-        dies = dies & torch.isfinite(w)
+            share = finite_mean(torch.erfc(size * (dre / (largest * math.sqrt(2)))))
+            dies = (first[path] < share) & (size < torch.inf)
         redrawn[path] = dies
-        grown = largest * (2 * new[path] - 1)
+        grown = 2 * largest * (new[path] - 0.5)
         if path in state.polarity:
             grown = grown.abs() * state.polarity[path]
         weights[path] = torch.where(dies, grown, w)

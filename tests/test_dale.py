@@ -117,6 +117,15 @@ def test_equals_the_scalar_loop_on_trees(rule, tree, seed):
     assert_same((new_grads, new_state), (grads, state))
 
 
+@pytest.mark.parametrize("axis", ["presynaptic", "postsynaptic"])
+def test_a_negative_zero_becomes_positive_at_every_place(axis):
+    w = values(0, (17, 19))  # longer than a vector register, with a rest
+    w[w.abs() < 0.5] = -0.0
+    new, _ = applied(enforce, w, axis=axis)
+    assert (new == 0).any()
+    assert not new[new == 0].signbit().any()
+
+
 def test_postsynaptic_is_the_original_s_sign_per_row():
     w = values(0, (40, 30), torch.float64)
     new, state = applied(impose, w, axis="postsynaptic", sign="drawn")
