@@ -207,6 +207,7 @@ def curve(points: list[Point], chunk: int | None) -> dict[int, float]:
 def draw(study: dict[str, list[Point]], path: pathlib.Path) -> None:
     """Draws the parts that were measured, one panel each."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     blue, orange, grey = "#0072b2", "#d55e00", "#555555"
     figure, axes = plt.subplots(1, len(study), figsize=(4.2 * len(study), 3.6), squeeze=False, layout="constrained")
@@ -229,9 +230,25 @@ def draw(study: dict[str, list[Point]], path: pathlib.Path) -> None:
                 lines.append(("moving the bytes" if name == "moving" else name, line, colour, style))
             axis.set(title="Weights", xlabel="weights", ylabel="ns per weight and step")
         axis.set(xscale="log", yscale="log")
-        for name, line, colour, style in lines:
-            axis.plot(list(line), list(line.values()), style, color=colour, markersize=4, label=name)
-        axis.legend(frameon=False, fontsize=9)
+        for _, line, colour, style in lines:
+            axis.plot(list(line), list(line.values()), style, color=colour, markersize=4)
+        axis.margins(y=0.15)
+        lowest = min(lines, key=lambda each: list(each[1].values())[-1])[0]
+        for name, line, colour, _ in lines:
+            under = name == lowest
+            axis.annotate(
+                name,
+                list(line.items())[-1],
+                (0, -7 if under else 7),
+                textcoords="offset points",
+                color=colour,
+                ha="right",
+                va="top" if under else "bottom",
+            )
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if part == "members" else (1,)))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        for ticks in (axis.yaxis,) if part == "parameters" else (axis.xaxis, axis.yaxis):
+            ticks.set_major_formatter("{x:g}")
         axis.grid(alpha=0.25, which="major")
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=200)
