@@ -1,7 +1,11 @@
-"""Ensembles: many members as one tree with a leading member axis, for `vmap`."""
+"""Ensembles: many members as one tree with a leading member axis, for `vmap`.
+
+A large ensemble is fastest in chunks: `split` it, run every chunk through the same compiled step, `join` it again. The
+tensors of one chunk stay in the processor's cache, and only one chunk at a time is held twice.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +13,7 @@ from torch import Tensor, nn
 from biofunc import trees
 from biofunc.trees import Leaves
 
-__all__ = ["init", "stack", "unstack"]
+__all__ = ["init", "join", "split", "stack", "unstack"]
 
 T = TypeVar("T")
 
@@ -76,18 +80,9 @@ def stack(members: Sequence[T]) -> T:
     """
     if not members:
         raise ValueError("members is empty; stack takes at least one tree")
-    first, structure = trees.flatten(members[0])
     flat = [trees.flatten(member) for member in members]
-    for index, (leaves, other) in enumerate(flat):
-        if other != structure:
-            raise ValueError(f"member {index} is a tree of another structure than member 0: {other} and {structure}")
-        for path, leaf in leaves.items():
-            if leaf.shape != first[path].shape:
-                shapes = f"{tuple(leaf.shape)} in member {index} and {tuple(first[path].shape)} in member 0"
-                raise ValueError(f"leaf '{path}' has shape {shapes}; all members of an ensemble are shaped alike")
-            if leaf.dtype != first[path].dtype:
-                dtypes = f"{leaf.dtype} in member {index} and {first[path].dtype} in member 0"
-                raise TypeError(f"leaf '{path}' has dtype {dtypes}; all members of an ensemble have the same dtypes")
+    _check_alike(flat, "member")
+    first, structure = flat[0]
     stacked: T = trees.unflatten(structure, {path: torch.stack([leaves[path] for leaves, _ in flat]) for path in first})
     return stacked
 
@@ -105,12 +100,115 @@ def unstack(tree: T) -> list[T]:
         ValueError: leaves without a common leading axis.
     """
     flat, structure = trees.flatten(tree)
+    return [
+        trees.unflatten(structure, {path: leaf[i].clone() for path, leaf in flat.items()}) for i in range(_count(flat))
+    ]
+
+
+def split(tree: T, size: int) -> list[T]:
+    """Takes a stacked tree apart into chunks of `size` members, all of one shape.
+
+        chunks = bf.ensemble.split((params, state), 32)
+        del params, state
+        for x, y in batches:
+            for i, chunk in enumerate(chunks):
+                chunks[i] = ensemble_step(*chunk, x, y)
+        params, state = bf.ensemble.join(chunks, members=1000)
+
+    The last chunk is filled up with copies of its last member, which `join` drops. A compiled step therefore sees one
+    shape and is compiled once, whatever the number of members; and a member gets the same numbers, bit for bit, in an
+    ensemble of any number of members, so long as the size of the chunks is the same.
+
+    The chunks need as much memory as the ensemble: delete that, as above, to hold it once only. A list comprehension
+    in place of the inner loop would hold all old chunks until the last new one is made.
+
+    Args:
+        tree: a tree of tensors with a common leading member axis.
+        size: members per chunk, >= 1.
+
+    Returns:
+        The chunks, as contiguous copies that share no memory with the ensemble or with each other.
+
+    Raises:
+        TypeError: size is not an integer.
+        ValueError: size below 1, or leaves without a common leading axis.
+    """
+    _check_whole("size", size)
+    flat, structure = trees.flatten(tree)
+    members = _count(flat)
+    chunks: list[T] = []
+    for start in range(0, members, size):
+        chosen = torch.arange(start, start + size).clamp(max=members - 1)
+        leaves = {path: leaf.index_select(0, chosen.to(leaf.device)).contiguous() for path, leaf in flat.items()}
+        chunks.append(trees.unflatten(structure, leaves))
+    return chunks
+
+
+def join(chunks: Sequence[T], members: int) -> T:
+    """Puts the chunks of `split` together again and drops what filled the last one up.
+
+    Args:
+        chunks: trees of one structure and one number of members, at least one.
+        members: members of the whole ensemble, so many that the last chunk holds at least one of them.
+
+    Returns:
+        One tree with a leading member axis, as contiguous copies that share no memory with the chunks.
+
+    Raises:
+        TypeError: members is not an integer, or dtypes that differ.
+        ValueError: no chunks, trees or shapes that differ, leaves without a common leading axis, or members that the
+            chunks cannot hold, or of which none lies in the last chunk.
+    """
+    _check_whole("members", members)
+    if not chunks:
+        raise ValueError("chunks is empty; join takes at least one tree")
+    flat = [trees.flatten(chunk) for chunk in chunks]
+    size, *_ = [_count(leaves) for leaves, _ in flat]
+    _check_alike(flat, "chunk")
+    fewest, most = size * (len(chunks) - 1) + 1, size * len(chunks)
+    if not fewest <= members <= most:
+        raise ValueError(
+            f"members is {members}, but {len(chunks)} chunks of {size} hold {fewest} to {most}; give the number that "
+            "was split"
+        )
+    sizes = [size] * (len(chunks) - 1) + [members - fewest + 1]
+    first, structure = flat[0]
+    whole = {
+        path: torch.cat([leaves[path][:count] for (leaves, _), count in zip(flat, sizes, strict=True)]).contiguous()
+        for path in first
+    }
+    joined: T = trees.unflatten(structure, whole)
+    return joined
+
+
+def _check_alike(flat: Sequence[tuple[Leaves, Any]], word: str) -> None:
+    first, structure = flat[0]
+    for index, (leaves, other) in enumerate(flat):
+        if other != structure:
+            raise ValueError(f"{word} {index} is a tree of another structure than {word} 0: {other} and {structure}")
+        for path, leaf in leaves.items():
+            if leaf.shape != first[path].shape:
+                shapes = f"{tuple(leaf.shape)} in {word} {index} and {tuple(first[path].shape)} in {word} 0"
+                raise ValueError(f"leaf '{path}' has shape {shapes}; all {word}s of an ensemble are shaped alike")
+            if leaf.dtype != first[path].dtype:
+                dtypes = f"{leaf.dtype} in {word} {index} and {first[path].dtype} in {word} 0"
+                raise TypeError(f"leaf '{path}' has dtype {dtypes}; all {word}s of an ensemble have the same dtypes")
+
+
+def _count(flat: Leaves) -> int:
     sizes = {path: leaf.shape[0] if isinstance(leaf, Tensor) and leaf.dim() else None for path, leaf in flat.items()}
+    first = next(iter(sizes.values()), 0)
     for path, size in sizes.items():
-        if size is None or size != next(iter(sizes.values())):
-            raise ValueError(f"leaf '{path}' has {size} members, the first leaf {next(iter(sizes.values()))}")
-    count = next(iter(sizes.values()), 0) or 0
-    return [trees.unflatten(structure, {path: leaf[i].clone() for path, leaf in flat.items()}) for i in range(count)]
+        if size is None or size != first:
+            raise ValueError(f"leaf '{path}' has {size} members, the first leaf {first}")
+    return first or 0
+
+
+def _check_whole(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is {value!r}; give a number of members, an integer of at least 1")
+    if value < 1:
+        raise ValueError(f"{name} is {value}; give a number of members, at least 1")
 
 
 def _check_statistics(model: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """Ensembles: a member is what it would be alone, and can leave and run on alone."""
 
+import re
 from functools import partial
 from typing import NamedTuple
 
@@ -305,6 +306,153 @@ def test_leaves_without_a_common_member_axis_are_named():
         bf.ensemble.unstack({"a": normal(3, 2), "b": normal(2, 3)})
     with pytest.raises(ValueError, match="leaf 'b' has None members"):
         bf.ensemble.unstack({"a": normal(3, 2), "b": normal()})
+
+
+# --- split and join ---
+
+
+def ensemble(make, members):
+    return bf.ensemble.stack([make(seed) for seed in range(members)])
+
+
+def same_bits(left, right):
+    assert torch.utils._pytree.tree_structure(left) == torch.utils._pytree.tree_structure(right)
+    for a, b in zip(leaves_of(left), leaves_of(right), strict=True):
+        assert torch.equal(a, b)
+        assert (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride())
+
+
+@pytest.mark.parametrize("make", [tree, some_state, lambda seed: normal(2, seed=seed)], ids=["tree", "state", "leaf"])
+@pytest.mark.parametrize(("members", "size", "count"), [(1, 1, 1), (5, 2, 3), (6, 3, 2), (4, 9, 1), (3, 1, 3)])
+def test_join_is_the_inverse_of_split(make, members, size, count):
+    whole = ensemble(make, members)
+    chunks = bf.ensemble.split(whole, size)
+    assert len(chunks) == count
+    same_bits(bf.ensemble.join(chunks, members), whole)
+    padded = [make(min(seed, members - 1)) for seed in range(count * size)]
+    for i, chunk in enumerate(chunks):
+        same_bits(chunk, bf.ensemble.stack(padded[i * size : (i + 1) * size]))
+
+
+def test_a_vmapped_state_survives_the_round_trip():
+    params, _ = bf.ensemble.init(mlp, range(5))
+    together = (params, torch.vmap(learner().init)(params, bf.random.key(torch.arange(5))))
+    again = bf.ensemble.join(bf.ensemble.split(together, 2), 5)
+    assert again[1].fresh == together[1].fresh
+    same_bits(again, together)
+
+
+@pytest.mark.parametrize("size", [2, 4, 7])
+def test_chunks_are_contiguous_and_share_no_memory(size):
+    leaf = normal(3, 4).t()
+    kept = leaf.clone()
+    chunks = bf.ensemble.split({"w": leaf, "same": normal(1, 3).expand(4, 3)}, size)
+    memory = {chunk[name].untyped_storage().data_ptr() for chunk in chunks for name in chunk}
+    assert len(memory) == 2 * len(chunks)
+    assert all([part.is_contiguous() for chunk in chunks for part in chunk.values()])
+    assert all([part.untyped_storage().nbytes() == size * 3 * 8 for chunk in chunks for part in chunk.values()])
+    joined = bf.ensemble.join(chunks, 4)
+    assert all([part.is_contiguous() for part in joined.values()])
+    assert joined["w"].untyped_storage().nbytes() == 4 * 3 * 8
+    leaf.zero_()
+    assert torch.equal(joined["w"], kept)
+    assert torch.equal(chunks[0]["w"][:2], kept[:2])
+    chunks[0]["w"].fill_(7.0)
+    assert torch.equal(joined["w"], kept)
+
+
+def chunked(learn, step, members, size, steps=4):
+    """An ensemble that has learned in chunks; the seeds of its members are 0, 1, …"""
+    params, _ = bf.ensemble.init(mlp, range(members))
+    state = torch.vmap(learn.init)(params, bf.random.key(torch.arange(members)))
+    chunks = bf.ensemble.split((params, state), size)
+    for _ in range(steps):
+        for i, chunk in enumerate(chunks):
+            chunks[i] = step(*chunk)
+    return bf.ensemble.join(chunks, members)
+
+
+def chunk_step(learn):
+    shell, x, target = alone(mlp, 0), normal(10, 4).float(), normal(10, 3, seed=1).float()
+
+    def step(params, state):
+        grads = grad(lambda p: (functional_call(shell, p, (x,)) - target).square().mean())(params)
+        params, _, state = learn(params, grads, state)
+        return params, state
+
+    return torch.vmap(step)
+
+
+# Compiling the generator takes long; test_random.py and test_accelerate.py do it
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize(("compiled", "drawing"), [(False, [bf.volume_dependent_lr]), (True, [])])
+def test_the_size_of_a_chunk_alone_fixes_the_numbers(compiled, drawing):
+    learn = bf.chain(bf.crystallize, bf.sgd(), *drawing, bf.fuzzy_learning_rates, bf.descend(0.1))
+    step, size = chunk_step(learn), 32
+    if compiled:
+        step = torch.compile(step, fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        most = chunked(learn, step, 100, size)
+        for members in (5, 32, 64):
+            fewer = chunked(learn, step, members, size)
+            for a, b in zip(leaves_of(fewer), leaves_of(most), strict=True):
+                assert torch.equal(a, b[:members])
+    born, _ = bf.ensemble.init(mlp, range(100))
+    for name, weights in most[0].items():
+        assert not torch.equal(weights, born[name])
+        assert len({tuple(member.flatten().tolist()) for member in weights}) == 100
+
+
+def test_chunks_learn_what_the_whole_ensemble_learns():
+    learn = full_chain()
+    whole = chunked(learn, chunk_step(learn), 21, 21)
+    for size in (1, 4, 32):
+        same_to(chunked(learn, chunk_step(learn), 21, size), whole, 1e-5)
+
+
+@pytest.mark.parametrize("value", [True, 2.0, "2", None, torch.tensor(2)])
+def test_a_size_or_number_of_members_that_is_no_integer_is_refused(value):
+    with pytest.raises(TypeError, match=re.escape(f"size is {value!r}; give a number of members")):
+        bf.ensemble.split({"w": normal(4)}, value)
+    with pytest.raises(TypeError, match=re.escape(f"members is {value!r}; give a number of members")):
+        bf.ensemble.join([{"w": normal(4)}], value)
+
+
+@pytest.mark.parametrize("value", [0, -1])
+def test_a_size_or_number_of_members_below_one_is_refused(value):
+    with pytest.raises(ValueError, match=f"size is {value}; give a number of members, at least 1"):
+        bf.ensemble.split({"w": normal(4)}, value)
+    with pytest.raises(ValueError, match=f"members is {value}; give a number of members, at least 1"):
+        bf.ensemble.join([{"w": normal(4)}], value)
+
+
+def test_leaves_of_chunks_without_a_common_member_axis_are_named():
+    for uneven, count in (({"a": normal(3, 2), "b": normal(2, 3)}, 2), ({"a": normal(3, 2), "b": normal()}, None)):
+        with pytest.raises(ValueError, match=f"leaf 'b' has {count} members, the first leaf 3"):
+            bf.ensemble.split(uneven, 2)
+        with pytest.raises(ValueError, match=f"leaf 'b' has {count} members, the first leaf 3"):
+            bf.ensemble.join([{"a": normal(3, 2), "b": normal(3, 3)}, uneven], 5)
+
+
+@pytest.mark.parametrize("members", [4, 9])
+def test_a_number_of_members_that_the_chunks_do_not_hold_is_refused(members):
+    chunks = bf.ensemble.split({"w": normal(7, 2)}, 4)
+    with pytest.raises(ValueError, match=f"members is {members}, but 2 chunks of 4 hold 5 to 8"):
+        bf.ensemble.join(chunks, members)
+
+
+def test_chunks_of_different_structure_size_shape_or_dtype_are_refused():
+    chunk = {"w": normal(2, 3)}
+    with pytest.raises(ValueError, match="chunks is empty"):
+        bf.ensemble.join([], 1)
+    with pytest.raises(ValueError, match="chunk 1 is a tree of another structure than chunk 0"):
+        bf.ensemble.join([chunk, {"v": normal(2, 3)}], 4)
+    for other in (normal(1, 3), normal(2, 4)):
+        shapes = re.escape(f"leaf 'w' has shape {tuple(other.shape)} in chunk 1 and (2, 3) in chunk 0")
+        with pytest.raises(ValueError, match=shapes):
+            bf.ensemble.join([chunk, {"w": other}], 3)
+    with pytest.raises(TypeError, match=r"leaf 'w' has dtype torch\.float32 in chunk 1"):
+        bf.ensemble.join([chunk, {"w": normal(2, 3).float()}], 4)
 
 
 # --- a member runs on alone ---
