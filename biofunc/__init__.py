@@ -4,7 +4,7 @@ Pure functions `rule(params, grads, state) -> (params, grads, state)` that make 
 with `functional_call`, `grad`, `vmap` and `torch.compile`.
 """
 
-from biofunc import distributions, ensemble, random, schedules
+from biofunc import distributions, ensemble, measure, random, schedules
 from biofunc.activity import record_activity
 from biofunc.activity_rates import activity_dependent_rates
 from biofunc.adam import adam, adamw
@@ -59,6 +59,7 @@ __all__ = [
     "init",
     "l1_penalty",
     "layers",
+    "measure",
     "named",
     "presynaptic_axes",
     "random",
