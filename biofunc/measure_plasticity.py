@@ -40,12 +40,12 @@ def crystallised_fraction(
     """
     check_not_negative("below", below)
     rates = _rates(state, where)
+    known = [torch.isfinite(rate) for rate in rates.values()]
     fallen = []
-    for path, rate in rates.items():
+    for (path, rate), finite in zip(rates.items(), known, strict=True):
         innate = state.innate(path)
-        fallen.append(rate < below * (torch.ones_like(rate) if innate is None else innate.detach()))
-    known = joined([torch.isfinite(rate) for rate in rates.values()])
-    return (joined(fallen) & known).sum() / known.sum()
+        fallen.append(finite & (rate < below * (torch.ones_like(rate) if innate is None else innate.detach())))
+    return joined(fallen).sum() / joined(known).sum()
 
 
 def rate_spectrum(
@@ -103,7 +103,8 @@ def effective_number_of_rates(
 
     Source: the effective number of species, Hill 1973, doi 10.2307/1934352, of order 1.
     """
-    return torch.special.entr(rate_spectrum(state, edges=edges, where=where)).sum().exp()
+    number: Tensor = torch.special.entr(rate_spectrum(state, edges=edges, where=where)).sum().exp()
+    return number
 
 
 def response_probe(
