@@ -7,7 +7,7 @@ from torch import Tensor
 
 from biofunc import trees
 from biofunc.dale import Axis, check_axis, outgoing_sum, presynaptic_place
-from biofunc.measured import check_floating, check_not_negative, computed, joined, selected
+from biofunc.measured import all_weights, check_floating, check_not_negative, computed, joined, selected
 from biofunc.rule import compute_dtype
 from biofunc.selection import Selection
 from biofunc.state import BioState
@@ -115,7 +115,7 @@ def sign_balance(params: Tree, *, where: Selection | BioState = None) -> Tensor:
     Raises:
         ValueError, TypeError, KeyError: a leaf is not floating point, or `where` selects nothing.
     """
-    w = _weights(params, where)
+    w = all_weights(params, where)
     return (w > 0).sum() / (w.abs() > 0).sum()
 
 
@@ -182,7 +182,7 @@ def log_weight_skew(params: Tree, *, where: Selection | BioState = None) -> Tens
 
     Source: sizes of spines are log-normal, Loewenstein, Kuras, Rumpel 2011, doi 10.1523/JNEUROSCI.6130-10.2011.
     """
-    return _log_moment(_weights(params, where), 3)
+    return _log_moment(all_weights(params, where), 3)
 
 
 def log_weight_kurtosis(params: Tree, *, where: Selection | BioState = None) -> Tensor:
@@ -203,7 +203,7 @@ def log_weight_kurtosis(params: Tree, *, where: Selection | BioState = None) -> 
 
     Source: as for `log_weight_skew`.
     """
-    return _log_moment(_weights(params, where), 4) - 3
+    return _log_moment(all_weights(params, where), 4) - 3
 
 
 def _presence(w: Tensor, threshold: float | Tensor, sign_flips: bool) -> Tensor:
@@ -211,14 +211,6 @@ def _presence(w: Tensor, threshold: float | Tensor, sign_flips: bool) -> Tensor:
     w = computed(w)
     size = w.abs()
     return torch.where(size > threshold, w.sign() if sign_flips else 1.0, 0.0)
-
-
-def _weights(params: Tree, where: Selection | BioState) -> Tensor:
-    """All selected weights in a row, 0 where one is not finite."""
-    flat, _ = trees.flatten(params)
-    check_floating("params", flat)
-    w = joined([computed(flat[path]) for path in selected(flat, where)])
-    return torch.where(torch.isfinite(w), w, 0.0)
 
 
 def _log_moment(w: Tensor, order: int) -> Tensor:

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from biofunc import trees
 from biofunc.rule import compute_dtype
 from biofunc.selection import Selection, select_paths
 from biofunc.state import BioState
-from biofunc.trees import Leaves
+from biofunc.trees import Leaves, Tree
 
 
 def check_floating(name: str, flat: Mapping[str, Any]) -> None:
@@ -47,3 +48,11 @@ def computed(leaf: Tensor) -> Tensor:
 def joined(leaves: Sequence[Tensor]) -> Tensor:
     """All leaves in a row."""
     return torch.cat([leaf.reshape(-1) for leaf in leaves]) if leaves else torch.zeros(0)
+
+
+def all_weights(params: Tree, where: Selection | BioState) -> Tensor:
+    """All selected weights in a row, 0 where one is not finite."""
+    flat, _ = trees.flatten(params)
+    check_floating("params", flat)
+    w = joined([computed(flat[path]) for path in selected(flat, where)])
+    return torch.where(torch.isfinite(w), w, 0.0)
