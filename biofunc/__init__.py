@@ -4,7 +4,9 @@ Pure functions `rule(params, grads, state) -> (params, grads, state)` that make 
 with `functional_call`, `grad`, `vmap` and `torch.compile`.
 """
 
-from biofunc import distributions, ensemble, random, schedules
+from typing import TYPE_CHECKING, Any
+
+from biofunc import distributions, ensemble, measure, random, schedules
 from biofunc.activity import record_activity
 from biofunc.activity_rates import activity_dependent_rates
 from biofunc.adam import adam, adamw
@@ -31,6 +33,19 @@ from biofunc.state import BioState
 from biofunc.temporal import temporal_learning_rates
 from biofunc.volume import volume_dependent_lr
 from biofunc.where import where
+
+if TYPE_CHECKING:
+    from biofunc import plot as plot
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Loads `biofunc.plot`, and with it matplotlib, when it is first used."""
+        if name != "plot":
+            raise AttributeError(f"module 'biofunc' has no attribute '{name}'")
+        import importlib
+
+        return importlib.import_module("biofunc.plot")
+
 
 __version__ = "0.1.0"
 
@@ -59,6 +74,7 @@ __all__ = [
     "init",
     "l1_penalty",
     "layers",
+    "measure",
     "named",
     "presynaptic_axes",
     "random",

@@ -13,7 +13,7 @@ neuron that feeds several leaves has a sign in each. Imposed on a standard netwo
 constraint, not an aid.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -73,10 +73,10 @@ def _settle_polarity(
     noise: Noise,
     name: str,
 ) -> BioState:
-    _check_axis(name, axis, state)
-    places = {path: _place(name, path, w, axis) for path, w in params.items()}
+    check_axis(name, axis, [path for path, _ in state.layout])
+    places = {path: presynaptic_place(name, path, w, axis) for path, w in params.items()}
     # state.step is 0 and batched if anything is: so is the polarity, whatever it is made of
-    votes = {path: _outgoing(w, *places[path]) + state.step.to(w) for path, w in params.items()}
+    votes = {path: outgoing_sum(w, *places[path]) + state.step.to(w) for path, w in params.items()}
     if sign == "drawn":
         votes = {path: torch.zeros_like(vote) for path, vote in votes.items()}
     polarity = dict(state.polarity)
@@ -93,18 +93,18 @@ def _settle_polarity(
     return state.replace(polarity=polarity)
 
 
-def _check_axis(name: str, axis: Any, state: BioState) -> None:
+def check_axis(name: str, axis: Any, paths: Sequence[str]) -> None:
+    """Raises an error if `axis` is none, or a dict that names no leaf at all."""
     if not isinstance(axis, Mapping) and axis not in ("presynaptic", "postsynaptic"):
         raise ValueError(
             f"{name}: axis is {axis!r}; it must be 'presynaptic', 'postsynaptic', or a dict path -> (axis, groups), "
             "bf.presynaptic_axes(model)"
         )
-    paths = [path for path, _ in state.layout]
     if isinstance(axis, Mapping) and axis and not any(path in axis for path in paths):
         raise KeyError(f"{name}: axis names '{next(iter(axis))}' and no leaf of params; they are: {', '.join(paths)}")
 
 
-def _place(name: str, path: str, w: Tensor, axis: Axis) -> tuple[int, int]:
+def presynaptic_place(name: str, path: str, w: Tensor, axis: Axis) -> tuple[int, int]:
     """Axis of a leaf's presynaptic neurons, and in how many groups of outputs they fall."""
     if isinstance(axis, str) or path not in axis:
         return (1 if axis != "postsynaptic" and w.dim() > 1 else 0), 1
@@ -122,7 +122,7 @@ def _place(name: str, path: str, w: Tensor, axis: Axis) -> tuple[int, int]:
     return dim, groups
 
 
-def _outgoing(w: Tensor, axis: int, groups: int) -> Tensor:
+def outgoing_sum(w: Tensor, axis: int, groups: int) -> Tensor:
     """Sum of the finite outgoing weights of each neuron, `(groups, *keepdim)`; below two dimensions, each its own.
 
     In float64, so that no sign hangs on the order of summation, which vmap changes.

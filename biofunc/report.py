@@ -14,8 +14,6 @@ import torch
 from biofunc import __version__
 from biofunc.compare import Comparison
 
-# Okabe, Ito: told apart by colour-blind readers and in print
-COLOURS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 THRESHOLD = 0.9
 RESAMPLES = 9999
 NOTE = (
@@ -103,24 +101,19 @@ def curves_figure(comparison: Comparison) -> Any:
     """Learning curves with bands, and their paired difference to plain: mean and 95 % band of the mean over seeds."""
     from matplotlib.figure import Figure
 
+    from biofunc import plot
+
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    plain = comparison.arms["plain"].accuracy.double()
-    for colour, (name, arm) in zip(COLOURS, comparison.arms.items(), strict=False):
-        label = name.replace("_", " ")
-        _band(left, comparison.evaluated, 100 * arm.accuracy.double(), colour, label)
-        if name != "plain":
-            _band(right, comparison.evaluated, 100 * (arm.accuracy.double() - plain), colour, label)
-    left.set(xlabel="step", ylabel="test accuracy (%)", title="Learning curves")
-    right.axhline(0, color=COLOURS[0], linewidth=1)
+    accuracy = {name: 100 * arm.accuracy.double().T for name, arm in comparison.arms.items()}
+    differences = {name: curve - accuracy["plain"] for name, curve in accuracy.items() if name != "plain"}
+    plot.learning_curves(accuracy, comparison.evaluated, baseline="plain", ax=left)
+    left.set(ylabel="test accuracy (%)", title="Learning curves")
+    right.axhline(0, color=plot.COLOURS[0], linewidth=1)
+    if differences:
+        # Straight to one point, logarithmic beyond: early differences are tens of points, final ones tenths
+        plot.learning_curves(differences, comparison.evaluated, symlog=1, ax=right).legend().remove()
     right.set(xlabel="step", ylabel="percentage points", title="Paired difference to plain")
-    # Straight to one point, logarithmic beyond: early differences are tens of points, final ones tenths
-    right.set_yscale("symlog", linthresh=1)
-    right.set_yticks([-20, -10, -5, -2, -1, -0.5, 0, 0.5, 1, 2, 5, 10, 20], minor=False)
-    right.yaxis.set_major_formatter("{x:g}")
-    left.legend(frameon=False, fontsize="small", loc="lower right")
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
@@ -128,34 +121,18 @@ def rates_figure(comparison: Comparison) -> Any:
     """Spectrum of per-synapse learning rates at the end of training, one panel for each arm in which they differ."""
     from matplotlib.figure import Figure
 
+    from biofunc import plot
+
     varied = {name: arm.rates for name, arm in comparison.arms.items() if arm.rates.min() < arm.rates.max()}
     figure = Figure(figsize=(3.4 * max(1, len(varied)), 3.2), layout="constrained")
     panels = figure.subplots(1, max(1, len(varied)), squeeze=False, sharey=True)[0]
-    bins = numpy.geomspace(1e-3, 2, 80)
     for axes, (name, rates) in zip(panels, varied.items(), strict=False):
-        values = rates.flatten().clamp(min=1.001e-3).numpy()  # the first bar holds all that is smaller
-        colour = COLOURS[list(comparison.arms).index(name) % len(COLOURS)]
-        axes.hist(values, bins, weights=numpy.full(len(values), 100 / len(values)), color=colour)
-        axes.axvline(1, color=COLOURS[0], linewidth=1, linestyle=":")
-        axes.set(
-            xscale="log",
-            yscale="log",
-            xlabel="learning-rate factor (first bar: 0.001 or less)",
-            title=name.replace("_", " "),
-        )
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("synapses (%)")
+        colour = plot.COLOURS[list(comparison.arms).index(name) % len(plot.COLOURS)]
+        plot.rate_spectrum(rates, colour=colour, ax=axes).set(title=name.replace("_", " "))
+        axes.label_outer()
     if not varied:
         panels[0].text(0.5, 0.5, "all synapses learn at rate 1", ha="center", transform=panels[0].transAxes)
     return figure
-
-
-def _band(axes: Any, steps: list[int], values: torch.Tensor, colour: str, label: str) -> None:
-    mean = values.mean(1)
-    half = 1.96 * values.std(1) / math.sqrt(values.shape[1]) if values.shape[1] > 1 else torch.zeros_like(mean)
-    plain = label == "plain"
-    axes.plot(steps, mean, ":" if plain else "-", color=colour, label=label, linewidth=1.5, zorder=3 if plain else 2)
-    axes.fill_between(steps, mean - half, mean + half, color=colour, alpha=0.2, linewidth=0)
 
 
 def _confidence_interval(differences: Any) -> tuple[float, float]:

@@ -1,0 +1,58 @@
+"""What the measures share: which leaves are measured, and in what form."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from biofunc import trees
+from biofunc.rule import compute_dtype
+from biofunc.selection import Selection, select_paths
+from biofunc.state import BioState
+from biofunc.trees import Leaves, Tree
+
+
+def check_floating(name: str, flat: Mapping[str, Any]) -> None:
+    """Raises a TypeError that names the first leaf which is not a floating-point tensor."""
+    for path, leaf in flat.items():
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            found = f"dtype {leaf.dtype}" if isinstance(leaf, Tensor) else type(leaf).__name__
+            place = f"{name} leaf '{path}'" if path else name
+            raise TypeError(f"{place} is of {found}; it must be a floating-point tensor")
+
+
+def check_not_negative(name: str, value: float | Tensor) -> None:
+    """Raises a ValueError if a number is below 0; tensors pass."""
+    if not isinstance(value, Tensor) and not value >= 0:
+        raise ValueError(f"{name} is {value}; it must be 0 or larger")
+
+
+def selected(flat: Leaves, where: Selection | BioState) -> list[str]:
+    """Paths of the leaves that are measured."""
+    if isinstance(where, BioState):
+        missing = [path for path in where.plasticity if path not in flat]
+        if missing:
+            raise KeyError(f"where is a state with the synapses '{missing[0]}', which the tree lacks")
+        return list(where.plasticity)
+    if where is None:
+        return [path for path, leaf in flat.items() if leaf.dim() >= 2] or list(flat)
+    return select_paths(where, flat)
+
+
+def computed(leaf: Tensor) -> Tensor:
+    """A leaf without its gradient, half precision as float32."""
+    return leaf.detach().to(compute_dtype(leaf))
+
+
+def joined(leaves: Sequence[Tensor]) -> Tensor:
+    """All leaves in a row."""
+    return torch.cat([leaf.reshape(-1) for leaf in leaves]) if leaves else torch.zeros(0)
+
+
+def all_weights(params: Tree, where: Selection | BioState) -> Tensor:
+    """All selected weights in a row, 0 where one is not finite."""
+    flat, _ = trees.flatten(params)
+    check_floating("params", flat)
+    w = joined([computed(flat[path]) for path in selected(flat, where)])
+    return torch.where(torch.isfinite(w), w, 0.0)

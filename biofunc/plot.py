@@ -1,0 +1,342 @@
+"""Pictures of learning and of synapses: each function draws on axes of matplotlib, or makes them, and returns them.
+
+The module needs the extra `plot`, `pip install 'biofunc[plot]'`; `import biofunc` alone does not load matplotlib. Arms
+differ in marker as well as in colour, so that colour-blind readers and grey prints tell them apart.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from biofunc import measure
+from biofunc.measure_plasticity import RATE_EDGES
+from biofunc.measured import all_weights
+from biofunc.selection import Selection
+from biofunc.state import BioState
+from biofunc.trees import Tree
+
+try:
+    import numpy
+    from matplotlib.axes import Axes
+except ModuleNotFoundError:
+    raise ModuleNotFoundError(
+        "biofunc.plot needs matplotlib, which is not installed: pip install 'biofunc[plot]'", name="matplotlib"
+    ) from None
+
+__all__ = ["COLOURS", "forest", "learning_curves", "rate_spectrum", "size_distribution", "survival_curve"]
+
+# Okabe, Ito 2008, without the yellow, which is too light for lines; black is for what the others are compared with
+COLOURS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+MARKERS = ("o", "s", "^", "D", "v", "X", "P")
+VERDICTS = {"better": ("#009E73", "^"), "undecided": ("#666666", "o"), "worse": ("#D55E00", "v")}
+
+Curves = Mapping[str, Any]
+"""By name, a tensor or array `(members, time)`, or `(time,)` of a single run."""
+
+
+def learning_curves(
+    curves: Curves,
+    steps: Sequence[float] | Tensor | None = None,
+    *,
+    baseline: str | None = None,
+    symlog: float | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draws a line per arm: the mean over its members, with the 95 % band of the mean.
+
+    The band is mean ± 1.96 sd / sqrt(members), the normal approximation: too narrow for fewer than some ten members.
+
+    Args:
+        curves: by name, accuracy, loss or paired differences: a tensor or array `(members, time)`, or `(time,)`.
+        steps: `(time,)`, where they were taken; default: 0, 1, 2, ...
+        baseline: the arm with which the others are compared, drawn as a black dotted line on top.
+        symlog: half-width around 0 within which the vertical axis is straight; logarithmic beyond. Default: straight.
+        ax: axes to draw on; default: new ones.
+
+    Returns:
+        The axes; what the curves are, `ax.set(ylabel=…)` says.
+
+    Raises:
+        ValueError: no curves, a shape that is not `(members, time)`, as many steps as there are not times, a baseline
+            that is no arm, or a `symlog` that is not positive.
+    """
+    if baseline is not None and baseline not in curves:
+        raise ValueError(f"baseline is '{baseline}'; the curves are {', '.join(curves)}")
+    _check_symlog(symlog)
+    ax = _draw_curves(curves, steps, baseline, ax)
+    ax.set_xlabel("step")
+    if symlog is not None:
+        _symlog(ax, "y", symlog)
+    return ax
+
+
+def survival_curve(
+    curves: Curves | Tensor,
+    times: Sequence[float] | Tensor | None = None,
+    *,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draws which share of the synapses present at the start is still there, with the 95 % band over members.
+
+    Args:
+        curves: what `measure.survival` gives, `(time,)`, or under vmap `(members, time)`; or several by name.
+        times: `(time,)`; default: 0, 1, 2, ...
+        ax: axes to draw on; default: new ones.
+
+    Returns:
+        The axes, in per cent.
+
+    Raises:
+        ValueError: as for `learning_curves`.
+    """
+    named = curves if isinstance(curves, Mapping) else {"": curves}
+    percent = {name: 100 * _numbers(values) for name, values in named.items()}
+    ax = _draw_curves(percent, times, None, ax)
+    ax.set(xlabel="time", ylabel="surviving synapses (%)", ylim=(0, 103))
+    return ax
+
+
+def rate_spectrum(
+    rates: BioState | Tensor,
+    *,
+    edges: Sequence[float] = RATE_EDGES,
+    where: Selection | BioState = None,
+    colour: str = COLOURS[1],
+    ax: Axes | None = None,
+) -> Axes:
+    """Draws a histogram of the synapses' learning rates, both axes logarithmic; the dotted line is the rate 1.
+
+    Args:
+        rates: a state, or a tensor of rates of any shape; for an ensemble the joined rates of its members.
+        edges: rising, positive edges of the bars; the first takes what is smaller too, the last what is larger.
+        where: which synapses of a state count; default: all.
+        colour: of the bars.
+        ax: axes to draw on; default: new ones.
+
+    Returns:
+        The axes, in per cent of the synapses.
+
+    Raises:
+        ValueError: edges that do not rise from above 0, no rates, or as for `measure.rate_spectrum`.
+    """
+    if not edges[0] > 0:
+        raise ValueError(f"edges start at {edges[0]}; the axis is logarithmic, so they start above 0")
+    shares = _numbers(measure.rate_spectrum(rates, edges=edges, where=where))
+    if numpy.isnan(shares).any():
+        raise ValueError("rates hold no synapse; there is nothing to draw")
+    ax = _axes(ax)
+    ax.bar(edges[:-1], 100 * shares, numpy.diff(edges), align="edge", color=colour)
+    ax.axvline(1, color=COLOURS[0], linewidth=1, linestyle=":")
+    ax.set(
+        xscale="log",
+        yscale="log",
+        xlabel=f"learning-rate factor (first bar: ≤ {edges[1]:.2g})",
+        ylabel="synapses (%)",
+    )
+    # Panels that share the axis widen it in turn
+    ax.set_ylim(min(ax.get_ylim()[0], 50 * shares[shares > 0].min(), 0.1), 120)
+    return ax
+
+
+def size_distribution(
+    params: Tree,
+    *,
+    where: Selection | BioState = None,
+    bins: int = 60,
+    colour: str = COLOURS[5],
+    ax: Axes | None = None,
+) -> Axes:
+    """Draws a histogram of synaptic sizes |w| on a logarithmic axis, with the log-normal that has their moments.
+
+    On this axis a log-normal is a symmetric bell, as the sizes of spines make it (Loewenstein, Kuras, Rumpel 2011, doi
+    10.1523/JNEUROSCI.6130-10.2011). Weights of 0 are left out, and the legend gives mean and sd of ln |w|.
+
+    Args:
+        params: tree of parameters; the stacked ones of an ensemble with `where=`, or a bare tensor.
+        where: which leaves count, as in `biofunc.measure`.
+        bins: number of bars.
+        colour: of the bars.
+        ax: axes to draw on; default: new ones.
+
+    Returns:
+        The axes: the density of ln |w|.
+
+    Raises:
+        ValueError: all weights are 0, or there is none.
+        TypeError, KeyError: as for `measure.sign_balance`.
+    """
+    sizes = _numbers(all_weights(params, where).abs())
+    sizes = sizes[sizes > 0]
+    if not len(sizes):
+        raise ValueError("params hold no weight other than 0; there is no size to draw")
+    logs = numpy.log(sizes)
+    mean, sd = logs.mean(), logs.std()
+    half = max(4 * sd, 0.5)
+    low, high = min(logs.min(), mean - half), max(logs.max(), mean + half)
+    counts, edges = numpy.histogram(logs, bins, (low, high))
+    ax = _axes(ax)
+    ax.bar(
+        numpy.exp(edges[:-1]),
+        counts / len(logs) / numpy.diff(edges),
+        numpy.diff(numpy.exp(edges)),
+        align="edge",
+        color=colour,
+        label=f"{len(logs):,} synapses",
+    )
+    if sd > 0:
+        x = numpy.linspace(low, high, 300)
+        density = numpy.exp(-0.5 * ((x - mean) / sd) ** 2) / (sd * math.sqrt(2 * math.pi))
+        label = f"log-normal, ln |w| = {mean:.2f} ± {sd:.2f}"
+        ax.plot(numpy.exp(x), density, color=COLOURS[0], linewidth=1.5, label=label)
+    ax.set(xscale="log", xlabel="synaptic size |w|", ylabel="density of ln |w|")
+    ax.legend(frameon=False, fontsize="small", loc="upper left")
+    return ax
+
+
+def forest(
+    intervals: Mapping[str, tuple[float, float, float]],
+    *,
+    higher_is_better: bool = True,
+    symlog: float | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draws paired differences with their confidence intervals, a row per arm, the first on top.
+
+    A verdict shows in colour and marker: an interval above 0 is a green triangle that points up, one below 0 an orange
+    triangle that points down, and one that holds 0 a grey open circle.
+
+    Args:
+        intervals: by arm, (difference, low, high); low and high NaN where there is no interval.
+        higher_is_better: whether differences above 0 are gains; False for a loss.
+        symlog: half-width around 0 within which the axis is straight; logarithmic beyond. Default: straight.
+        ax: axes to draw on; default: new ones.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: no arms, an interval that is not three numbers in order, or a `symlog` that is not positive.
+    """
+    if not intervals:
+        raise ValueError("intervals is empty; give at least one arm")
+    _check_symlog(symlog)
+    rows = {name: _verdict(name, interval, higher_is_better) for name, interval in intervals.items()}
+    ax = _axes(ax)
+    ax.axvline(0, color=COLOURS[0], linewidth=1)
+    for verdict, (colour, marker) in VERDICTS.items():
+        places = [place for place, name in enumerate(rows) if rows[name] == verdict]
+        if not places:
+            continue
+        values = numpy.array([list(intervals.values())[place] for place in places], dtype=float)
+        ax.errorbar(
+            values[:, 0],
+            places,
+            xerr=numpy.nan_to_num(numpy.stack([values[:, 0] - values[:, 1], values[:, 2] - values[:, 0]])),
+            fmt=marker,
+            color=colour,
+            markerfacecolor="white" if verdict == "undecided" else colour,
+            markersize=6,
+            linewidth=1.5,
+            capsize=3,
+            label=verdict,
+        )
+    for place, (difference, low, high) in enumerate(intervals.values()):
+        text = f"{difference:+.2f}" + ("" if math.isnan(low) else f" [{low:+.2f}, {high:+.2f}]")
+        text = text.replace("-", "−")  # as on the axis
+        ax.annotate(text, (1.02, place), xycoords=("axes fraction", "data"), va="center", fontsize="small")
+    ax.set_yticks(range(len(intervals)), [name.replace("_", " ") for name in intervals])
+    ax.set(ylim=(len(intervals) - 0.5, -0.5), xlabel="paired difference [95 % CI]")
+    ax.tick_params(axis="y", length=0)
+    ax.spines["left"].set_visible(False)
+    ax.legend(frameon=False, fontsize="small", loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)
+    if symlog is not None:
+        _symlog(ax, "x", symlog)
+    return ax
+
+
+def _verdict(name: str, interval: Sequence[float], higher_is_better: bool) -> str:
+    if len(interval) != 3 or interval[1] > interval[0] or interval[0] > interval[2]:
+        raise ValueError(
+            f"intervals['{name}'] is {interval}; give (difference, low, high) in low <= difference <= high"
+        )
+    _, low, high = interval
+    if low > 0:
+        return "better" if higher_is_better else "worse"
+    if high < 0:
+        return "worse" if higher_is_better else "better"
+    return "undecided"
+
+
+def _draw_curves(curves: Curves, steps: Any, baseline: str | None, ax: Axes | None) -> Axes:
+    runs = {name: numpy.atleast_2d(_numbers(values)) for name, values in curves.items()}
+    if not runs:
+        raise ValueError("curves is empty; give at least one")
+    times = next(iter(runs.values())).shape[-1]
+    x = numpy.arange(times) if steps is None else _numbers(steps)
+    for name, values in runs.items():
+        if values.ndim != 2 or values.shape[1] != len(x) or values.size == 0:
+            raise ValueError(
+                f"curves['{name}'] has shape {values.shape}; give (members, time), with {len(x)} times as all others"
+            )
+    ax = _axes(ax)
+    others = [name for name in runs if name != baseline]
+    for name, values in runs.items():
+        mean, members = values.mean(0), len(values)
+        style: dict[str, Any]
+        if name == baseline:
+            colour, style = COLOURS[0], {"linestyle": ":", "zorder": 3}
+        else:
+            place = others.index(name)
+            colour = COLOURS[1 + place % (len(COLOURS) - 1)]
+            # Markers of arms that lie on each other stand side by side
+            spacing = max(1, len(x) // 6)
+            style = {"marker": MARKERS[place % len(MARKERS)], "markevery": (place * spacing // len(others), spacing)}
+        label = name.replace("_", " ") or None
+        ax.plot(x, mean, color=colour, linewidth=1.5, markersize=5, label=label, **style)
+        if members > 1:
+            half = 1.96 * values.std(0, ddof=1) / math.sqrt(members)
+            ax.fill_between(x, mean - half, mean + half, color=colour, alpha=0.2, linewidth=0)
+    if any(runs):
+        ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+def _axes(ax: Axes | None) -> Axes:
+    if ax is None:
+        from matplotlib import pyplot
+
+        ax = pyplot.subplots(layout="constrained")[1]
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def _check_symlog(straight: float | None) -> None:
+    if straight is not None and not straight > 0:
+        raise ValueError(f"symlog is {straight}; it must be positive")
+
+
+def _symlog(ax: Axes, which: str, straight: float) -> None:
+    """Straight within ±straight, logarithmic beyond, with ticks that read as plain numbers."""
+    low, high = ax.get_xlim() if which == "x" else ax.get_ylim()
+    decades = math.ceil(math.log10(max(abs(low), abs(high), straight) / straight)) + 1
+    digits = (1, 2, 5) if which == "y" and decades <= 3 else (1,)  # numbers side by side need more room
+    sizes = [0.5 * straight, *[digit * straight * 10**decade for decade in range(decades) for digit in digits]]
+    ticks = [tick for tick in (*[-size for size in sizes[::-1]], 0, *sizes) if low <= tick <= high]
+    if which == "x":
+        ax.set_xscale("symlog", linthresh=straight)
+    else:
+        ax.set_yscale("symlog", linthresh=straight)
+    axis = ax.xaxis if which == "x" else ax.yaxis
+    axis.set_ticks(ticks)
+    axis.set_ticks([], minor=True)
+    axis.set_major_formatter("{x:g}")
+
+
+def _numbers(values: Any) -> Any:
+    """As an array of float64."""
+    if isinstance(values, Tensor):
+        return values.detach().to("cpu", torch.float64).numpy()
+    return numpy.asarray(values, dtype=numpy.float64)
