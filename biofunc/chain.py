@@ -123,7 +123,7 @@ def init(params: Tree, key: Tensor, *rules: Any, where: Selection = None) -> Bio
     trees.check_params(flat)
     if flat:
         key = key.to(next(iter(flat.values())).device)
-        philox.prepare(key.device)
+        philox.normal_table(key.device)  # is then there for steps that are compiled
     synapses = [p for p, leaf in flat.items() if is_synapse(p, leaf)] if where is None else select_paths(where, flat)
     _check_coverage(made, flat, synapses)
     zero = _zero(key, flat, made)

@@ -127,14 +127,9 @@ def _words_of(names: tuple[str, ...], device: torch.device) -> Tensor:
         return _WORDS[names, device]
     hashed = _hash_names(names) if eager else tuple([hash_name(name) for name in names])
     words = torch.tensor([philox.words_of(value) for value in hashed], dtype=torch.int64, device=device).reshape(-1, 2)
-    if eager and device.type != "cpu" and _outlives_this_call(words):
+    if eager and device.type != "cpu" and philox.outlives_this_call(words):
         _WORDS[names, device] = words
     return words
-
-
-def _outlives_this_call(tensor: Tensor) -> bool:
-    """Whether a new tensor is an ordinary one, neither fake nor the wrapper of a transformation that will end."""
-    return type(tensor) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def check_key(key: Tensor) -> None:

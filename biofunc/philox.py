@@ -240,11 +240,16 @@ CONVERSIONS: dict[str, Callable[[Tensor], Tensor]] = {
 _NORMAL_TABLES: dict[torch.device, Tensor] = {torch.device("cpu"): _make_normal_table()}
 
 
-def prepare(device: torch.device) -> None:
-    """Puts the table of normals on a device, so that no step has to."""
-    if device not in _NORMAL_TABLES:
-        _NORMAL_TABLES[device] = _NORMAL_TABLES[torch.device("cpu")].to(device)
-
-
 def normal_table(device: torch.device) -> Tensor:
-    return _NORMAL_TABLES[device] if device in _NORMAL_TABLES else _NORMAL_TABLES[torch.device("cpu")].to(device)
+    """The table of normals on a device. It is kept there, so that the host waits for the device once only."""
+    if device in _NORMAL_TABLES:
+        return _NORMAL_TABLES[device]
+    table = _NORMAL_TABLES[torch.device("cpu")].to(device)
+    if not torch.compiler.is_compiling() and outlives_this_call(table):
+        _NORMAL_TABLES[device] = table
+    return table
+
+
+def outlives_this_call(tensor: Tensor) -> bool:
+    """Whether a new tensor is an ordinary one, neither fake nor the wrapper of a transformation that will end."""
+    return type(tensor) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)

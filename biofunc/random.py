@@ -201,7 +201,9 @@ def _log_gamma(
         raise TypeError(f"dtype is {dtype}; gamma and beta draw floating dtypes")
     if not isinstance(concentration, Tensor) and not concentration > 0:
         raise ValueError(f"{name} is {concentration}; a concentration is positive")
-    alpha = torch.as_tensor(concentration, dtype=torch.float64, device=key.device)
+    if not isinstance(concentration, Tensor):
+        concentration = torch.full((), concentration, device=key.device, dtype=torch.float64)
+    alpha = concentration.to(key.device, torch.float64)
     shape = alpha.shape if shape is None else shape
     count = math.prod(shape)
     # Below 1: gamma(alpha) = gamma(alpha + 1) U^(1 / alpha)

@@ -103,7 +103,7 @@ def adam_update(group: dict[str, Any], memory: dict[str, Any], before: Tensor, b
     dtype = compute_dtype(before)
     beta1, beta2 = group["betas"]
     # Below 1 only when the optimizer has loaded a state from before the re-drawing
-    age = (memory["step"].to(before.device, dtype) - born).clamp(min=1)
+    age = (memory["step"].to(dtype) - born).clamp(min=1)  # a step on the CPU stays there: the device need not wait
     square = memory["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"].to(dtype)
     mean = memory["exp_avg"].to(dtype) / (1 - beta1**age)
     update: Tensor = group["lr"] * mean / ((square / (1 - beta2**age)).sqrt() + group["eps"])
@@ -113,4 +113,4 @@ def adam_update(group: dict[str, Any], memory: dict[str, Any], before: Tensor, b
 
 def _count(optimizer: optim.Optimizer, p: nn.Parameter) -> Any:
     step: Any = optimizer.state.get(p, {}).get("step", 0)
-    return step.to(p.device, compute_dtype(p)) if isinstance(step, Tensor) else step
+    return step.to(compute_dtype(p)) if isinstance(step, Tensor) else step

@@ -1,7 +1,7 @@
 """What does a random number cost?
 
-In eager mode as tensor operations, which is stated and has no target; compiled; and in eager mode with
-`random.accelerate()`.
+Eager and compiled, as tensor operations and by the kernel of `random.accelerate()`; eager tensor operations are stated
+and have no target.
 """
 
 import argparse
@@ -26,16 +26,16 @@ def measure(threads: int | None, options: argparse.Namespace) -> Iterator[Row]:
         rival = f"torch.{native.__name__}"
         for count in (10_000, 1_000_000):
             ours, theirs = partial(draw, key, (count,)), partial(native, count, device=device)
-            yield race(f"{count:,} {name}s, eager", ours, rival, theirs, "", threads=threads)
-            compiled = partial(
-                torch.compile(lambda key, ours=ours: ours.func(key, *ours.args[1:]), fullgraph=True), key
-            )
             bound = target if count == 1_000_000 else ""
-            yield race(f"{count:,} {name}s, compiled", compiled, rival, theirs, bound, threads=threads)
-            if device.type == "cpu":
-                random.accelerate()
-                yield race(f"{count:,} {name}s, accelerated", ours, rival, theirs, "<= 2", threads=threads)
-                random.accelerate(False)
+            for accelerated in (False, True) if device.type == "cpu" else (False,):
+                random.accelerate(accelerated)
+                case, eager = f"{count:,} {name}s", "<= 2" if accelerated else ""
+                suffix = ", accelerated" if accelerated else ""
+                yield race(f"{case}, eager{suffix}", ours, rival, theirs, eager, threads=threads)
+                torch.compiler.reset()
+                compiled = torch.compile(lambda key, draw=draw, count=count: draw(key, (count,)), fullgraph=True)
+                step = partial(compiled, key)
+                yield race(f"{case}, compiled{suffix}", step, rival, theirs, bound, threads=threads)
 
 
 if __name__ == "__main__":

@@ -69,8 +69,8 @@ def race(
     threads: int | None,
     before: tuple[Callable[[], object] | None, Callable[[], object] | None] = (None, None),
     per: tuple[float, float] = (1, 1),
-    seconds: float = 0.3,
-    rounds: int = 7,
+    seconds: float = 0.25,
+    rounds: int = 5,
 ) -> Row:
     """Times two functions in turns.
 

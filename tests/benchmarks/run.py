@@ -7,7 +7,7 @@ import sys
 import torch
 
 HERE = pathlib.Path(__file__).parent
-SCRIPTS = ("ensemble", "resnet", "step", "mechanisms", "draws", "bandwidth", "compile_time")
+SCRIPTS = ("ensemble", "resnet", "step", "mechanisms", "draws", "bandwidth", "memory", "scale", "compile_time")
 TEXT = """# Benchmarks
 
 `make bench` writes this page; close everything else meanwhile. Times are medians ± interquartile range, ours and the
