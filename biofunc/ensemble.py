@@ -1,6 +1,6 @@
 """Ensembles: many members as one tree with a leading member axis, for `vmap`.
 
-A large ensemble is fastest in chunks: `split` it, run every chunk through the same compiled step, `join` it again. The
+A large ensemble is faster in chunks: `split` it, run every chunk through the same compiled step, `join` it again. The
 tensors of one chunk stay in the processor's cache, and only one chunk at a time is held twice.
 """
 
@@ -108,7 +108,7 @@ def unstack(tree: T) -> list[T]:
 def split(tree: T, size: int) -> list[T]:
     """Takes a stacked tree apart into chunks of `size` members, all of one shape.
 
-        chunks = bf.ensemble.split((params, state), 32)
+        chunks = bf.ensemble.split((params, state), 64)
         del params, state
         for x, y in batches:
             for i, chunk in enumerate(chunks):
