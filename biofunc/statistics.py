@@ -97,20 +97,23 @@ def iqm(values: Any) -> float:
 
 
 def iqm_interval(tasks: Sequence[Values], resamples: int = 2000) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the interquartile mean, seeds resampled within each task.
+    """95 % percentile bootstrap interval of the interquartile mean over tasks and seeds.
+
+    A seed is drawn with all its tasks, since what it fixes is shared by them.
 
     Args:
-        tasks: one sequence of numbers per task, one number per seed.
+        tasks: one sequence of numbers per task, one number per seed, the same seeds in all.
         resamples: bootstrap samples.
 
     Returns:
-        Lower and upper end; NaN with less than two seeds.
+        Lower and upper end; NaN with less than two seeds or if a number is not finite.
     """
-    if min(len(task) for task in tasks) < 2:
+    values = numpy.asarray(tasks, dtype=float)
+    seeds = values.shape[1]
+    if seeds < 2 or not numpy.isfinite(values).all():
         return math.nan, math.nan
-    rng = numpy.random.default_rng(0)
-    drawn = [numpy.asarray(task, dtype=float)[rng.integers(0, len(task), (resamples, len(task)))] for task in tasks]
-    ordered = numpy.sort(numpy.concatenate(drawn, axis=1), axis=1)
+    drawn = values[:, numpy.random.default_rng(0).integers(0, seeds, (resamples, seeds))]
+    ordered = numpy.sort(drawn.transpose(1, 0, 2).reshape(resamples, -1), axis=1)
     trimmed = ordered.shape[1] // 4
     means = ordered[:, trimmed : ordered.shape[1] - trimmed].mean(axis=1)
     low, high = numpy.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])

@@ -27,6 +27,9 @@ HELD_OUT = 0.2
 CHUNK = 64
 """Members at a time, at most: their weights and moments then stay in the cache."""
 
+COMPILE_FROM = 500
+"""Ensemble steps from which compiling them pays."""
+
 OFF: dict[str, float] = {
     "nu": 0.0,
     "stability_factor": 0.0,
@@ -231,7 +234,7 @@ class _Training:
         self.optimizer = OPTIMIZERS[group.optimizer](group.study["optimizers"][group.optimizer])
         self.chains = make_steps(self.optimizer, group.phase)
         self.step = torch.vmap(self.member_step)
-        if compiler_works("cpu"):
+        if group.task["steps"] * _chunks(group.members)[0] >= COMPILE_FROM and compiler_works("cpu"):
             self.step = torch.compile(self.step, fullgraph=True)
 
     def make_model(self) -> nn.Module:
@@ -261,7 +264,8 @@ class _Training:
     def __call__(self, members: Tensor, advance: Callable[[int], None]) -> dict[str, list[Any]]:
         study, task, rates = self.group.study, self.group.task, self.group.rates
         settings = [arms(study)[arm] for arm in self.group.arms]
-        of_arm, of_rate, of_seed = members // (self.seeds * len(rates)), members // self.seeds % len(rates), members % self.seeds
+        of_arm, of_rate = members // (self.seeds * len(rates)), members // self.seeds % len(rates)
+        of_seed = members % self.seeds
         hyper = {name: torch.tensor([float(arm[name]) for arm in settings])[of_arm] for name in OFF}
         hyper = {**hyper, "lr": torch.tensor(rates)[of_rate]}
         params = {name: p[of_seed] for name, p in self.params.items()}
@@ -299,7 +303,8 @@ class _Training:
 
     def accuracy(self, params: Any, x: Tensor, y: Tensor) -> Tensor:
         predict = torch.vmap(lambda params, x: functional_call(self.model, params, (x,)).argmax(-1))
-        return (predict(params, x) == y).double().mean(-1)
+        hits: Tensor = predict(params, x) == y
+        return hits.double().mean(-1)
 
 
 def splits(keys: Tensor, samples: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -316,5 +321,6 @@ def batches(keys: Tensor, train: Tensor, batch: int, steps: int) -> Iterator[Ten
     for number in range(steps):
         if number % per_epoch == 0:
             draws = bf.random.uniform(bf.random.fold_in(keys, number // per_epoch), (train.shape[1],))
-            epoch = train.gather(1, draws.argsort(-1)).split(batch, 1)
-        yield epoch[number % per_epoch]
+            shuffled = train.gather(1, draws.argsort(-1))
+        position = number % per_epoch * batch
+        yield shuffled[:, position : position + batch]
