@@ -300,8 +300,8 @@ def _overall_blocks(study: Mapping[str, Any], overall: Mapping[str, Any]) -> lis
     ]
     text = (
         f"{study['decision']['metric']}, over all seeds and conditions. IQM: the mean of the middle half; its interval "
-        "resamples seeds. P: the chance that a random run of the arm is better than one of its control. Runs that count "
-        "in two conditions are pooled once."
+        "resamples seeds. P: the chance that a random run of the arm is better than one of its control. Runs that "
+        "count in two conditions are pooled once."
     )
     return [text, table(rows)]
 
@@ -358,10 +358,10 @@ def _rule_blocks(study: Mapping[str, Any]) -> list[str]:
     alpha, smallest = decision.get("alpha", 0.05), decision.get("smallest", 0.0)
     text = (
         f"Fixed in the study's file before the first run. An arm helps if its mean {decision['metric']} is {better} "
-        f"than the control's, harms if it is {worse}: provided that the 95 % BCa bootstrap interval of the mean difference, "
-        f"paired by seed, leaves out 0, that p of the sign-flip permutation test, corrected by Holm over all arms of a "
-        f"condition, is below {alpha:g}, and that the mean difference is at least {smallest:g}. All else is no effect "
-        "found; the interval says how large an effect may have been missed."
+        f"than the control's, harms if it is {worse}: provided that the 95 % BCa bootstrap interval of the mean "
+        "difference, paired by seed, leaves out 0, that p of the sign-flip permutation test, corrected by Holm over all "
+        f"arms of a condition, is below {alpha:g}, and that the mean difference is at least {smallest:g}. All else is "
+        "no effect found; the interval says how large an effect may have been missed."
     )
     if "select" in decision:
         text += f" The setting of an arm is the one with the best mean {decision['select']} over seeds, per condition."
