@@ -359,8 +359,8 @@ def _rule_blocks(study: Mapping[str, Any]) -> list[str]:
     text = (
         f"Fixed in the study's file before the first run. An arm helps if its mean {decision['metric']} is {better} "
         f"than the control's, harms if it is {worse}: provided that the 95 % BCa bootstrap interval of the mean "
-        "difference, paired by seed, leaves out 0, that p of the sign-flip permutation test, corrected by Holm over all "
-        f"arms of a condition, is below {alpha:g}, and that the mean difference is at least {smallest:g}. All else is "
+        "difference, paired by seed, leaves out 0, that p of the sign-flip permutation test, corrected by Holm over "
+        f"all arms of a condition, is below {alpha:g}, and that the mean difference is at least {smallest:g}. All else is "
         "no effect found; the interval says how large an effect may have been missed."
     )
     if "select" in decision:
