@@ -115,9 +115,8 @@ def _experiment(options: argparse.Namespace) -> int:
             experiment.write(folder / name, picture)
     except KeyboardInterrupt:
         kept = experiment.done_in(study, jobs, folder)
-        print(
-            f"\nbiofunc: interrupted; {kept} of {len(jobs)} jobs are kept in '{folder}', and the same command goes on"
-        )
+        done = f"{kept} of {len(jobs)} jobs are kept in '{folder}'"
+        print(f"\nbiofunc: interrupted; {done}, and the same command goes on", file=sys.stderr)
         return 130
     except OSError as error:
         kept = experiment.done_in(study, jobs, folder)

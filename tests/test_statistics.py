@@ -42,9 +42,9 @@ def test_degenerate_intervals(differences, expected):
 def test_coverage_and_false_positives():
     """Intervals of 12 normals hold the true mean almost as often as they say, and null effects are rarely claimed.
 
-    Bootstrap intervals of so few values are a little too narrow: they cover about 92 %. With 300 cases the standard error
-    is 1.5 points, so 0.86 and 0.98 lie four of them away. An exact p < 0.05 and an interval without 0 happen together in
-    at most 5 % of null cases; 0.09 is three standard errors above.
+    Bootstrap intervals of so few values are a little too narrow: they cover about 92 %. With 300 cases the standard
+    error is 1.5 points, so 0.86 and 0.98 lie four of them away. An exact p < 0.05 and an interval without 0 happen
+    together in at most 5 % of null cases; 0.09 is three standard errors above.
     """
     rng = numpy.random.default_rng(3)
     covered = claimed = 0

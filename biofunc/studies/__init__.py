@@ -41,7 +41,7 @@ def module(kind: str) -> Any:
         ValueError: there is no such kind.
     """
     folder = pathlib.Path(__file__).parent
-    kinds = [path.stem for path in sorted(folder.glob("*.py")) if "def jobs(" in path.read_text()]
+    kinds = [path.stem for path in sorted(folder.glob("*.py")) if "\ndef jobs(study" in path.read_text()]
     if kind not in kinds:
         raise ValueError(f"kind is '{kind}'; it must be one of {', '.join(kinds)}")
     return importlib.import_module(f"biofunc.studies.{kind}")

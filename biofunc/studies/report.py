@@ -38,7 +38,9 @@ def analyse(study: Mapping[str, Any], results: Results) -> dict[str, Any]:
     Raises:
         ValueError: the results lack the metric or the control, or runs are not paired.
     """
-    conditions = {name: _condition(study, name, arms) for name, arms in results.items()}
+    order = list(dict.fromkeys([arm for arms in results.values() for arm in arms]))
+    ordered = {name: {arm: arms[arm] for arm in order if arm in arms} for name, arms in results.items()}
+    conditions = {name: _condition(study, name, arms) for name, arms in ordered.items()}
     return {"conditions": conditions, "overall": _overall(conditions)}
 
 
@@ -82,6 +84,7 @@ def pictures(summary: Mapping[str, Any]) -> dict[str, bytes]:
     label = f"{study['decision']['metric']}: difference to {study['decision']['control']}, 95 % CI"
     made = {"forest.png": _figure(forests, 0.6 + 0.22 * tallest, label)}
     curves: list[tuple[str, Callable[[Any], None]]] = []
+    places = list(summary["analysis"]["overall"])
     for metric in _curves_of(summary["results"]):
         for name, condition in conditions.items():
             of_arm = {
@@ -90,8 +93,8 @@ def pictures(summary: Mapping[str, Any]) -> dict[str, bytes]:
             }
             drawn = {arm: values for arm, values in of_arm.items() if values is not None}
             title = f"{name}: {metric.removeprefix(CURVE)}"
-            if 1 < len(drawn) <= 2 * len(COLOURS):
-                curves.append((title, lambda axes, drawn=drawn: learning_curves(axes, drawn)))  # type: ignore[misc]
+            if drawn and len(places) <= 2 * len(COLOURS):  # with more, no line could be told from the next
+                curves.append((title, lambda axes, drawn=drawn: learning_curves(axes, drawn, places)))  # type: ignore[misc]
     if curves:
         made["curves.png"] = _figure(curves, 2.6, study.get("curve_label", "point of the curve"))
     return made
@@ -112,13 +115,14 @@ def forest(axes: Any, arms: Mapping[str, Mapping[str, Any]]) -> None:
     axes.tick_params(axis="x", labelsize="x-small")
 
 
-def learning_curves(axes: Any, curves: Mapping[str, Sequence[Sequence[float]]]) -> None:
-    """Draws the mean over seeds of each arm; beyond seven arms the lines are dashed."""
-    for number, (name, values) in enumerate(curves.items()):
-        mean = numpy.asarray(values, dtype=float).mean(0)
-        style = "-" if number < len(COLOURS) else "--"
-        colour = COLOURS[number % len(COLOURS)]
+def learning_curves(axes: Any, curves: Mapping[str, Sequence[Sequence[float]]], places: Sequence[str]) -> None:
+    """Draws the mean over seeds of each arm; an arm has the same colour and line in all panels, by its place."""
+    for name, values in curves.items():
+        mean, place = numpy.asarray(values, dtype=float).mean(0), places.index(name)
+        style = "-" if place < len(COLOURS) else "--"
+        colour = COLOURS[place % len(COLOURS)]
         axes.plot(range(1, len(mean) + 1), mean, style, color=colour, linewidth=1.2, label=name.replace("_", " "))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.tick_params(labelsize="x-small")
 
 
@@ -328,7 +332,7 @@ def _condition_blocks(study: Mapping[str, Any], condition: Mapping[str, Any]) ->
                 _claim(found, digits),
             )
         )
-    blocks = [table(rows)]
+    blocks = [*_factorial_blocks(condition, digits), table(rows)]
     if any(found["at the edge"] for found in arms.values()):
         blocks.append("(edge): the best setting is the first or last of the sweep; one beyond it may be better.")
     if names := list(dict.fromkeys([name for found in arms.values() for name in found["others"]])):
@@ -339,17 +343,21 @@ def _condition_blocks(study: Mapping[str, Any], condition: Mapping[str, Any]) ->
         further = [("arm", "compared with", "difference [95 % CI]", "p (Holm)", "verdict")]
         further += [(found["arm"], found["control"], *_row(found, digits)) for found in condition["controls"]]
         blocks += ["Further controls:", table(further)]
-    for name in ("main effects", "interactions"):
-        if name in condition:
-            effects = [(name, "effect [95 % CI]", "p (Holm)", "verdict")]
-            effects += [(label, *_row(found, digits)) for label, found in condition[name].items()]
-            blocks.append(table(effects))
-    if "main effects" in condition:
-        blocks.append(
-            "A main effect is the mean difference that a mechanism makes, over all combinations of the others. An "
-            "interaction is how much more two do together than the sum of each alone, again over all combinations."
-        )
     return blocks
+
+
+def _factorial_blocks(condition: Mapping[str, Any], digits: int) -> list[str]:
+    if "main effects" not in condition:
+        return []
+    blocks = [
+        "A main effect is the mean difference that a mechanism makes, over all combinations of the others. An "
+        "interaction is how much more two do together than the sum of each alone, again over all combinations."
+    ]
+    for name in ("main effects", "interactions"):
+        effects = [(name, "effect [95 % CI]", "p (Holm)", "verdict")]
+        effects += [(label, *_row(found, digits)) for label, found in condition[name].items()]
+        blocks.append(table(effects))
+    return [*blocks, "Every combination against the control:"]
 
 
 def _rule_blocks(study: Mapping[str, Any]) -> list[str]:
@@ -360,8 +368,8 @@ def _rule_blocks(study: Mapping[str, Any]) -> list[str]:
         f"Fixed in the study's file before the first run. An arm helps if its mean {decision['metric']} is {better} "
         f"than the control's, harms if it is {worse}: provided that the 95 % BCa bootstrap interval of the mean "
         "difference, paired by seed, leaves out 0, that p of the sign-flip permutation test, corrected by Holm over "
-        f"all arms of a condition, is below {alpha:g}, and that the mean difference is at least {smallest:g}. All else is "
-        "no effect found; the interval says how large an effect may have been missed."
+        f"all arms of a condition, is below {alpha:g}, and that the mean difference is at least {smallest:g}. All else "
+        "is no effect found; the interval says how large an effect may have been missed."
     )
     if "select" in decision:
         text += f" The setting of an arm is the one with the best mean {decision['select']} over seeds, per condition."
@@ -432,9 +440,11 @@ def _figure(panels: Sequence[tuple[str, Callable[[Any], None]]], height: float, 
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
     figure.supxlabel(label, fontsize="small")
-    handles, names = grid[0].get_legend_handles_labels()
-    if names:
-        figure.legend(handles, names, loc="outside upper center", ncols=4, frameon=False, fontsize="x-small")
+    named = {name: line for axes in grid for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    if named:
+        figure.legend(
+            named.values(), named.keys(), loc="outside upper center", ncols=4, frameon=False, fontsize="x-small"
+        )
     picture = io.BytesIO()
     figure.savefig(picture, dpi=130)
     return picture.getvalue()
