@@ -78,6 +78,8 @@ def toy(monkeypatch):
     kind, original = Toy(), studies.module
     monkeypatch.setattr(experiment, "module", lambda name: kind if name == "toy" else original(name))
     monkeypatch.setattr("biofunc.compare.compiler_works", lambda device: False)
+    kind.pictures = report.pictures
+    monkeypatch.setattr(report, "pictures", lambda summary: {})  # drawn in one test only: it takes a second
     return kind
 
 
@@ -92,7 +94,8 @@ def words(path, *more):
     return ["experiment", str(path), "--out", str(path.parent / "out"), *more]
 
 
-def test_runs_decides_and_reports(toy, path, capsys):
+def test_runs_decides_and_reports(toy, path, capsys, monkeypatch):
+    monkeypatch.setattr(report, "pictures", toy.pictures)
     assert main(words(path)) == 0
     out = path.parent / "out"
     assert toy.runs == [0, 1, 2]

@@ -17,7 +17,8 @@ CURVE = "curve "
 WAITING = "steps to "
 """Metrics of this prefix are waiting times, infinite where a run never got there: medians are shown."""
 
-MARKERS = {"helps": ("^", "#009E73"), "harms": ("v", "#D55E00")}
+UP, DOWN = ("^", "#009E73"), ("v", "#D55E00")
+MARKERS = {"helps": UP, "synergy": UP, "harms": DOWN, "interference": DOWN}
 COLUMNS = 3
 
 Table = Sequence[Sequence[str]]
@@ -77,12 +78,15 @@ def pictures(summary: Mapping[str, Any]) -> dict[str, bytes]:
     """PNG pictures by file name: `forest.png`, and `curves.png` if a metric holds curves."""
     study, conditions = summary["study"], summary["analysis"]["conditions"]
     forests: list[tuple[str, Callable[[Any], None]]] = []
+    rows = longest = 1
     for name, condition in conditions.items():
-        shown = {arm: found for arm, found in condition["arms"].items() if not found["is control"]}
+        compared = {arm: found for arm, found in condition["arms"].items() if not found["is control"]}
+        shown = {**condition.get("main effects", {}), **condition.get("interactions", {})} or compared
         forests.append((name, lambda axes, shown=shown: forest(axes, shown)))  # type: ignore[misc]
-    tallest = max([len(condition["arms"]) for condition in conditions.values()])
-    label = f"{study['decision']['metric']}: difference to {study['decision']['control']}, 95 % CI"
-    made = {"forest.png": _figure(forests, 0.6 + 0.22 * tallest, label)}
+        rows, longest = max(rows, len(shown)), max([longest, *[len(label) for label in shown]])
+    what = "effects" if study.get("factors") else f"difference to {study['decision']['control']}"
+    label = f"{study['decision']['metric']}: {what}, 95 % CI"
+    made = {"forest.png": _figure(forests, 2.6 + 0.06 * longest, 0.6 + 0.22 * rows, label)}
     curves: list[tuple[str, Callable[[Any], None]]] = []
     places = list(summary["analysis"]["overall"])
     for metric in _curves_of(summary["results"]):
@@ -96,7 +100,7 @@ def pictures(summary: Mapping[str, Any]) -> dict[str, bytes]:
             if drawn and len(places) <= 2 * len(COLOURS):  # with more, no line could be told from the next
                 curves.append((title, lambda axes, drawn=drawn: learning_curves(axes, drawn, places)))  # type: ignore[misc]
     if curves:
-        made["curves.png"] = _figure(curves, 2.6, study.get("curve_label", "point of the curve"))
+        made["curves.png"] = _figure(curves, 4.2, 2.6, study.get("curve_label", "point of the curve"))
     return made
 
 
@@ -426,12 +430,12 @@ def _curves_of(results: Results) -> list[str]:
     return [name for name in dict.fromkeys(every) if name.startswith(CURVE)]
 
 
-def _figure(panels: Sequence[tuple[str, Callable[[Any], None]]], height: float, label: str) -> bytes:
+def _figure(panels: Sequence[tuple[str, Callable[[Any], None]]], width: float, height: float, label: str) -> bytes:
     from matplotlib.figure import Figure
 
     columns = min(COLUMNS, len(panels))
     lines = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(4.2 * columns, height * lines + 0.8), layout="constrained")
+    figure = Figure(figsize=(width * columns, height * lines + 0.8), layout="constrained")
     grid = list(figure.subplots(lines, columns, squeeze=False).flat)
     for axes, (title, draw) in zip(grid, panels, strict=False):
         draw(axes)
