@@ -1,6 +1,7 @@
-"""The command line: `python -m biofunc compare`, or `biofunc compare`."""
+"""The command line: `python -m biofunc compare`, `python -m biofunc experiment NAME`; also as `biofunc compare`."""
 
 import argparse
+import json
 import math
 import sys
 import time
@@ -36,10 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
-        return _compare(options)
+        return _experiment(options) if options.command == "experiment" else _compare(options)
     except ModuleNotFoundError as error:
-        hint = "" if "pip install" in str(error) else "; compare needs: pip install '.[demo]' in the checkout"
-        parser.error(f"{error}{hint}")
+        extras = "demo,eval" if options.command == "experiment" else "demo"
+        needs = f"; {options.command} needs: pip install '.[{extras}]' in the checkout"
+        parser.error(f"{error}{'' if 'pip install' in str(error) else needs}")
     except (ValueError, TypeError, OSError) as error:
         parser.error(str(error).replace("\n", " "))
     except KeyboardInterrupt:
@@ -70,7 +72,66 @@ def _parser() -> _Parser:
     compare.add_argument("--lr", type=float, help="learning rate (default: 0.1 for sgd, 0.001 for adam)")
     compare.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     compare.add_argument("--out", type=Path, help="folder (default: runs/DATA-OPTIMIZER-SEEDSxSTEPS)")
+    experiment = commands.add_parser(
+        "experiment",
+        prog="biofunc experiment",
+        help="run a study and report what it shows; goes on where it was stopped",
+    )
+    experiment.add_argument("study", help="a study of biofunc, or the path of a TOML file")
+    experiment.add_argument("--out", type=Path, help="folder (default: runs/STUDY, runs/STUDY-quick)")
+    experiment.add_argument("--seeds", type=int, help="seeds per arm (default: those of the study)")
+    experiment.add_argument("--quick", action="store_true", help="few seeds and steps, to see that everything works")
     return parser
+
+
+def _experiment(options: argparse.Namespace) -> int:
+    import matplotlib  # noqa: F401  # what is missing is said now, not when the results are there
+    import scipy  # noqa: F401
+
+    from biofunc import experiment, random
+    from biofunc.compare import compiler_works
+    from biofunc.studies import report
+
+    study = experiment.load(options.study, seeds=options.seeds, quick=options.quick)
+    quick = "-quick" if options.quick else ""
+    folder = _writable(options.out or Path("runs") / f"{study['name']}{quick}")
+    if compiler_works("cpu"):
+        random.accelerate()
+    jobs = experiment.jobs_of(study)
+    try:
+        with _progress_bar(sum([job.steps for job in jobs])) as bar:
+
+            def advance(doing: str, steps: int) -> None:
+                bar.set_description(doing, refresh=steps == 0)
+                bar.update(steps)
+
+            results, seconds = experiment.run(study, jobs, folder, advance, say=bar.write)
+        meta = experiment.meta(seconds, _command(options))
+        summary = {"study": study, "results": results, "analysis": report.analyse(study, results), "meta": meta}
+        experiment.write(folder / "results.json", json.dumps(experiment.encode(summary), indent=1, allow_nan=False))
+        text = report.report(summary)
+        experiment.write(folder / "report.md", text)
+        for name, picture in report.pictures(summary).items():
+            experiment.write(folder / name, picture)
+    except KeyboardInterrupt:
+        kept = experiment.done_in(study, jobs, folder)
+        done = f"{kept} of {len(jobs)} jobs are kept in '{folder}'"
+        print(f"\nbiofunc: interrupted; {done}, and the same command goes on", file=sys.stderr)
+        return 130
+    except OSError as error:
+        kept = experiment.done_in(study, jobs, folder)
+        raise ValueError(
+            f"cannot write to '{folder}' ({error.strerror}); {kept} of {len(jobs)} jobs are kept there: make room, and "
+            "give the same command again"
+        ) from None
+    print(text)
+    print(f"{folder}/: report.md, results.json and pictures; {seconds:.0f} s in all")
+    return 0
+
+
+def _command(options: argparse.Namespace) -> str:
+    seeds = "" if options.seeds is None else f" --seeds {options.seeds}"
+    return f"python -m biofunc experiment {options.study}{seeds}{' --quick' if options.quick else ''}"
 
 
 def _compare(options: argparse.Namespace) -> int:
