@@ -8,7 +8,7 @@ from typing import Any
 import numpy
 
 from biofunc import statistics
-from biofunc.report import COLOURS
+from biofunc.plot import COLOURS
 from biofunc.studies import Results
 
 CURVE = "curve "
