@@ -168,6 +168,7 @@ def test_batches_show_every_sample_once_an_epoch():
         for epoch in range(2):
             assert sorted(found[3 * epoch : 3 * epoch + 3, seed].flatten().tolist()) == list(range(60))
     assert not torch.equal(found[:3], found[3:])
+    assert not torch.equal(found[:, 0], found[:, 1])
     assert not torch.equal(found, continual.batches(60, 2, keys, 1))
 
 
