@@ -1,14 +1,16 @@
 """Draws by a compiled kernel: the same bits, many times faster.
 
 In tensor operations the generator is some hundred passes over its words. `philox.cpp` is the same generator as one
-loop, behind two custom operators, which `vmap` and `torch.compile` see as a whole: a compiled step then needs no
-generator of its own, so that it also compiles faster.
+loop, behind two custom operators, for draws and for keys. `vmap` sees both as a whole, and `torch.compile` that for
+draws, so that a compiled step needs no generator of its own and compiles faster; keys it derives in its own kernels,
+where so few words cost nothing.
 """
 
 import ctypes
 import functools
 import os
 import pathlib
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -32,14 +34,16 @@ FLAGS = (("-march=native", "-fopenmp"), ("-fopenmp",), ("-march=native",), ())
 def accelerate(on: bool = True) -> None:
     """Turns compiled draws on the CPU on or off, for the whole process; no number changes.
 
-    The kernel is compiled at the first call, which takes less than a second. Inside `torch.compile` the operator is
-    called as it is, so that the step compiles faster; turn it on before the step is compiled.
+    Each process compiles the kernel at its first call, which takes less than a second. `uniform` in float64,
+    `rademacher`, `gamma` and `beta` stay tensor operations. Turn it on before a step is compiled: a change compiles the
+    step anew.
 
     Args:
         on: whether draws on the CPU use the compiled kernel; other devices are not affected.
 
     Raises:
-        RuntimeError: there is no C++ compiler, or it fails.
+        RuntimeError: there is no C++ compiler (CXX, else g++, clang++ or c++), it fails, or what it made cannot be
+            loaded.
     """
     if on:
         _kernel()
@@ -49,19 +53,32 @@ def accelerate(on: bool = True) -> None:
 @functools.cache
 def _kernel() -> ctypes.CDLL:
     """philox.cpp, compiled for this machine."""
-    compilers = [os.environ.get("CXX", ""), "g++", "clang++", "c++"]
-    compiler = next((found for name in compilers if name and (found := shutil.which(name))), None)
-    if compiler is None:
-        raise RuntimeError("accelerate needs a C++ compiler; install g++, or draw without")
+    compiler = _compiler()
     source = pathlib.Path(__file__).with_name("philox.cpp")
-    with tempfile.TemporaryDirectory() as folder:
-        library = pathlib.Path(folder) / "philox.so"
-        for flags in FLAGS:
-            command = [compiler, "-std=c++17", "-O3", "-shared", "-fPIC", *flags, str(source), "-o", str(library)]
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        for number, flags in enumerate(FLAGS):
+            library = pathlib.Path(folder) / f"philox{number}.so"
+            command = [*compiler, "-std=c++17", "-O3", "-shared", "-fPIC", *flags, str(source), "-o", str(library)]
             run = subprocess.run(command, capture_output=True, text=True, check=False)
+            said = run.stderr.strip()[-500:]
             if run.returncode == 0:
-                return ctypes.CDLL(str(library))
-    raise RuntimeError(f"accelerate: {compiler} could not compile {source}: {run.stderr.strip()[-500:]}")
+                try:
+                    return ctypes.CDLL(str(library))
+                except OSError as error:
+                    said = f"{error}; TMPDIR must name a folder from which programs may run"
+    raise RuntimeError(f"accelerate: {' '.join(compiler)} could not compile {source}: {said}")
+
+
+def _compiler() -> list[str]:
+    given = shlex.split(os.environ.get("CXX", ""))
+    found = [path for name in (given[:1] or ("g++", "clang++", "c++")) if (path := shutil.which(name))]
+    if not found:
+        raise RuntimeError(
+            f"accelerate needs a C++ compiler; CXX names '{given[0]}', which is not there"
+            if given
+            else "accelerate needs a C++ compiler; install g++, or draw without"
+        )
+    return [found[0], *given[1:]]
 
 
 def _array(values: Sequence[int]) -> Any:
@@ -72,13 +89,18 @@ def _pointer(tensor: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
 
 
-torch.library.define("biofunc::draws", "(Tensor keys, int[] starts, int[] counts, str kind) -> Tensor")
+torch.library.define("biofunc::draws", "(Tensor keys, SymInt[] starts, SymInt[] counts, str kind) -> Tensor")
 torch.library.define("biofunc::derive", "(Tensor keys, Tensor low, Tensor high, int domain) -> Tensor")
+
+
+def _empty_draws(keys: Tensor, starts: list[int], counts: list[int], kind: str) -> Tensor:
+    return keys.new_empty((*keys.shape[:-2], sum(counts)), dtype=torch.float32)
 
 
 @torch.library.impl("biofunc::draws", "cpu")
 def _draws(keys: Tensor, starts: list[int], counts: list[int], kind: str) -> Tensor:
-    keys, out = keys.contiguous(), torch.empty(*keys.shape[:-2], sum(counts))
+    out = _empty_draws(keys, starts, counts, kind)
+    keys = keys.contiguous()
     members, leaves = ctypes.c_int64(keys[..., 0, 0].numel()), ctypes.c_int64(len(counts))
     table, threads = _pointer(philox.normal_table(keys.device)), torch.get_num_threads()
     _kernel().biofunc_draws(
@@ -95,10 +117,6 @@ def _derive(keys: Tensor, low: Tensor, high: Tensor, domain: int) -> Tensor:
         _pointer(keys), _pointer(low), _pointer(high), ctypes.c_int64(domain), count, _pointer(out)
     )
     return out
-
-
-def _empty_draws(keys: Tensor, starts: list[int], counts: list[int], kind: str) -> Tensor:
-    return keys.new_empty((*keys.shape[:-2], sum(counts)), dtype=torch.float32)
 
 
 def _empty_keys(keys: Tensor, low: Tensor, high: Tensor, domain: int) -> Tensor:

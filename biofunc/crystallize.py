@@ -83,6 +83,7 @@ def crystallize(
         if not freeze_silent:
             settled = settled & (push > 0)
         damped, recovered = rate * dampening_factor, rate
+        # Where floor or recovery is the number 0, its pass over the leaf is spared; damped is never above rate then
         if isinstance(floor, Tensor) or floor > 0:
             damped = torch.minimum(rate, damped.clamp(min=floor))
         if isinstance(recovery, Tensor) or recovery > 0:

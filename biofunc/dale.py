@@ -201,8 +201,8 @@ def enforce_dales_principle(
     """
 
     def projected(w: Tensor, sign: Tensor) -> Tensor:
-        lowest = torch.where(sign > 0, 0.0, -torch.inf)
-        highest = torch.where(sign < 0, 0.0, torch.inf)
+        lowest = torch.where(sign > 0, 0.0, -torch.inf).to(w.dtype)
+        highest = torch.where(sign < 0, 0.0, torch.inf).to(w.dtype)
         return w.clamp(min=lowest).clamp(max=highest).add_(0.0)  # + 0: of a -0, clamp makes either zero
 
     return {path: projected(w, _signs(path, state)) for path, w in params.items()}, grads, state

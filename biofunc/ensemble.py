@@ -1,7 +1,7 @@
 """Ensembles: many members as one tree with a leading member axis, for `vmap`.
 
-A large ensemble is faster in chunks: `split` it, run every chunk through the same compiled step, `join` it again. The
-tensors of one chunk stay in the processor's cache, and only one chunk at a time is held twice.
+On the CPU a large ensemble runs better in chunks: `split` it, run every chunk through the same compiled step, `join` it
+again. The tensors of one chunk stay in the processor's cache, and only one chunk at a time is held twice.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -131,15 +131,18 @@ def split(tree: T, size: int) -> list[T]:
 
     Raises:
         TypeError: size is not an integer.
-        ValueError: size below 1, or leaves without a common leading axis.
+        ValueError: size below 1, no members, or leaves without a common leading axis.
     """
     _check_whole("size", size)
     flat, structure = trees.flatten(tree)
     members = _count(flat)
+    if not members:
+        raise ValueError("tree has no members; split takes at least one")
     chunks: list[T] = []
     for start in range(0, members, size):
         chosen = torch.arange(start, start + size).clamp(max=members - 1)
-        leaves = {path: leaf.index_select(0, chosen.to(leaf.device)).contiguous() for path, leaf in flat.items()}
+        on_device = {device: chosen.to(device) for device in {leaf.device for leaf in flat.values()}}
+        leaves = {path: leaf.index_select(0, on_device[leaf.device]).contiguous() for path, leaf in flat.items()}
         chunks.append(trees.unflatten(structure, leaves))
     return chunks
 
@@ -200,7 +203,10 @@ def _count(flat: Leaves) -> int:
     first = next(iter(sizes.values()), 0)
     for path, size in sizes.items():
         if size is None or size != first:
-            raise ValueError(f"leaf '{path}' has {size} members, the first leaf {first}")
+            raise ValueError(
+                f"leaf '{path}' has {'no' if size is None else size} members, the first leaf {first}; the leaves of an "
+                "ensemble are tensors with a common leading axis"
+            )
     return first or 0
 
 

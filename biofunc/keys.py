@@ -128,6 +128,8 @@ def _words_of(names: tuple[str, ...], device: torch.device) -> Tensor:
     hashed = _hash_names(names) if eager else tuple([hash_name(name) for name in names])
     words = torch.tensor([philox.words_of(value) for value in hashed], dtype=torch.int64, device=device).reshape(-1, 2)
     if eager and device.type != "cpu" and philox.outlives_this_call(words):
+        if len(_WORDS) >= 1024:
+            _WORDS.clear()
         _WORDS[names, device] = words
     return words
 

@@ -69,7 +69,7 @@ def rejuvenate_weights_lognormal(
         mean = finite_mean(size)
         variance_of_size = finite_mean((size - mean) ** 2)
         deviation = finite_mean((w - finite_mean(w)) ** 2).sqrt()
-        # Never true where w is NaN or infinite
+        # Never true where w is NaN or infinite. exp_: in place, in values that nobody else has
         dies = (death[path] < torch.exp_(-dre * size / deviation)) & (deviation > 0)
         sigma = spread * torch.log1p(variance_of_size / mean**2).sqrt()
         new = mean * torch.exp_(sigma * z[path] - sigma * sigma / 2)

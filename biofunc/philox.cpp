@@ -10,7 +10,7 @@ namespace {
 
 constexpr int LANES = 64;     // blocks at a time, one per lane of a loop
 constexpr int PIECE = 4096;   // values that one thread draws in one go
-constexpr int ALONE = 32768;  // fewer values than this are not worth a second thread
+constexpr int ALONE = 8192;   // fewer blocks than this are not worth a second thread
 
 struct Blocks {
     uint32_t word[4][LANES];
@@ -25,8 +25,8 @@ inline void philox(uint32_t (&c)[4], uint32_t k0, uint32_t k1) {
     }
 }
 
-inline void blocks(uint64_t seed, uint64_t counter, Blocks &out) {
-    for (int lane = 0; lane < LANES; ++lane) {
+inline void blocks(uint64_t seed, uint64_t counter, int lanes, Blocks &out) {
+    for (int lane = 0; lane < lanes; ++lane) {
         uint64_t at = counter + uint64_t(lane);
         uint32_t c[4] = {uint32_t(at), uint32_t(at >> 32), 0, 0};
         philox(c, uint32_t(seed), uint32_t(seed >> 32));
@@ -59,16 +59,24 @@ struct Piece {
     float *out;
 };
 
+template <class Convert> inline void draw(const Blocks &drawn, int lanes, float *out, Convert convert) {
+    for (int lane = 0; lane < lanes; ++lane)
+        for (int i = 0; i < 4; ++i) out[4 * lane + i] = convert(drawn.word[i][lane]);
+}
+
 template <class Convert> void draw(const Piece &piece, Convert convert) {
     Blocks drawn;
-    float values[4 * LANES];
-    for (int64_t at = 0; at < piece.count; at += 4 * LANES) {
-        blocks(piece.seed, piece.counter + uint64_t(at / 4), drawn);
-        int64_t count = std::min<int64_t>(4 * LANES, piece.count - at);
-        float *out = count == 4 * LANES ? piece.out + at : values;
-        for (int lane = 0; lane < LANES; ++lane)
-            for (int i = 0; i < 4; ++i) out[4 * lane + i] = convert(drawn.word[i][lane]);
-        if (out == values) std::memcpy(piece.out + at, values, size_t(count) * sizeof(float));
+    int64_t at = 0;
+    for (; at + 4 * LANES <= piece.count; at += 4 * LANES) {
+        blocks(piece.seed, piece.counter + uint64_t(at / 4), LANES, drawn);
+        draw(drawn, LANES, piece.out + at, convert);
+    }
+    if (at < piece.count) {  // apart, so that the loops above have a fixed length
+        float values[4 * LANES];
+        int lanes = int((piece.count - at + 3) / 4);
+        blocks(piece.seed, piece.counter + uint64_t(at / 4), lanes, drawn);
+        draw(drawn, lanes, values, convert);
+        std::memcpy(piece.out + at, values, size_t(piece.count - at) * sizeof(float));
     }
 }
 
@@ -85,17 +93,18 @@ template <class Convert> void draw(const std::vector<Piece> &pieces, int threads
 extern "C" void biofunc_draws(const int64_t *keys, int64_t members, int64_t leaves, const int64_t *starts,
                               const int64_t *counts, int bits, const int64_t *table, float *out, int threads) {
     std::vector<Piece> pieces;
-    float *end = out;
+    int64_t blocks = 0;
     for (int64_t member = 0; member < members; ++member)
         for (int64_t leaf = 0; leaf < leaves; ++leaf) {
             const int64_t *key = keys + 2 * (member * leaves + leaf);
             for (int64_t at = 0; at < counts[leaf]; at += PIECE) {
                 int64_t count = std::min<int64_t>(PIECE, counts[leaf] - at);
-                pieces.push_back({uint64_t(key[0]), uint64_t(key[1]) + uint64_t(starts[leaf] + at / 4), count, end});
-                end += count;
+                pieces.push_back({uint64_t(key[0]), uint64_t(key[1]) + uint64_t(starts[leaf] + at / 4), count, out});
+                out += count;
+                blocks += (count + 3) / 4;
             }
         }
-    if (end - out < ALONE) threads = 1;
+    if (blocks < ALONE) threads = 1;
     if (bits == 0) draw(pieces, threads, Normal{table});
     if (bits == 8) draw(pieces, threads, Uniform<8>{});
     if (bits == 11) draw(pieces, threads, Uniform<11>{});

@@ -21,7 +21,7 @@ ACCELERATED = False
 """Whether draws on the CPU go through the compiled kernel of `accelerate`."""
 
 TOGETHER = 1 << 20
-"""Values that the kernel draws for several leaves at once."""
+"""Values, per member, that the kernel draws for several leaves at once."""
 
 Word = Tensor | int
 """An unsigned 32-bit word, held in int64."""
@@ -67,7 +67,7 @@ def derive(key: Tensor, low: Word, high: Word = 0, domain: int = 0) -> Tensor:
     """The key that the block at a counter makes: its words as two int64."""
     if _through_operator(key) and not torch.compiler.is_compiling():
         _, *spread = torch.broadcast_tensors(  # type: ignore[no-untyped-call]
-            key[..., 0], torch.as_tensor(low), torch.as_tensor(high)
+            *(key[..., 0], torch.as_tensor(low, device=key.device), torch.as_tensor(high, device=key.device))
         )
         derived: Tensor = torch.ops.biofunc.derive(key.expand(*spread[0].shape, 2), *spread, domain)
         return derived
@@ -103,7 +103,7 @@ def _stream(key: Tensor, start: int, stop: int) -> list[Tensor]:
 
 
 def ragged_draws(keys: list[Tensor], starts: list[int], counts: list[int], kind: str) -> list[Tensor]:
-    """Draws from keys `(2,)`, from some block of their streams on, in one Philox call.
+    """Draws from keys `(2,)`, from some block of their streams on, in one Philox call, or few of the operator.
 
     A tree of many leaves then costs as many kernel launches as a single leaf. The blocks lie in rows of one width, each
     of which has one key: what belongs to a key is computed once for a row.
@@ -120,7 +120,7 @@ def ragged_draws(keys: list[Tensor], starts: list[int], counts: list[int], kind:
     width = _width(sizes)
     heights = [-(-size // width) for size in sizes]
     if not sum(heights):
-        return [torch.zeros(0, device=key.device) for key in keys]
+        return [torch.zeros(0, dtype=torch.float32, device=key.device) for key in keys]
     seed = torch.cat([key[0].expand(height) for key, height in zip(keys, heights, strict=True)])
     first = torch.cat([key[1].expand(height) for key, height in zip(keys, heights, strict=True)])
     ahead = [
@@ -134,7 +134,8 @@ def ragged_draws(keys: list[Tensor], starts: list[int], counts: list[int], kind:
 def _groups(counts: Sequence[int]) -> list[slice]:
     """Runs of leaves that the operator draws at once: many small ones, or a large one alone.
 
-    One buffer for all of a large tree would be mapped anew, page by page, at each step.
+    One buffer for all of a large network would be mapped anew, page by page, at each step. The members of an ensemble
+    share a buffer all the same; chunks keep that small.
     """
     begins, total = [0], 0
     for index, count in enumerate(counts):
@@ -166,19 +167,14 @@ def rows(seed: Tensor, offset: Tensor, width: int, kind: str) -> Tensor:
     """Draws of `width` blocks of each of many keys `(seed, offset)`: `(..., rows)` gives `(..., rows, 4 width)`."""
     count = max(1, CACHED // width)
     if torch.compiler.is_compiling() or seed.shape[-1] <= count:
-        return drawn_rows(seed, offset, width, kind)
+        index = torch.arange(width, device=seed.device)
+        return interleaved(blocks(seed.unsqueeze(-1), offset.unsqueeze(-1), index), CONVERSIONS[kind])
     parts = zip(torch.split(seed, count, -1), torch.split(offset, count, -1), strict=True)
-    return torch.cat([drawn_rows(*part, width, kind) for part in parts], -2)
+    return torch.cat([rows(*part, width, kind) for part in parts], -2)
 
 
 def _through_operator(tensor: Tensor) -> bool:
     return ACCELERATED and tensor.device.type == "cpu"
-
-
-def drawn_rows(seed: Tensor, offset: Tensor, width: int, kind: str) -> Tensor:
-    """What `rows` draws, in tensor operations; also the body of the compiled kernel."""
-    index = torch.arange(width, device=seed.device)
-    return interleaved(blocks(seed.unsqueeze(-1), offset.unsqueeze(-1), index), CONVERSIONS[kind])
 
 
 def interleaved(words: Sequence[Tensor], convert: Callable[[Tensor], Tensor]) -> Tensor:

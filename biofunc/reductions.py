@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def finite_mean(values: Tensor) -> Tensor:
-    """Mean of the finite values, 0-d; 0 when there is none."""
+    """Mean of the finite values, 0-d; 0 when there is none. Up to 2^24 values that are not finite count exactly."""
     finite = values.abs() < torch.inf
-    broken = torch.where(finite, 0.0, 1.0).sum().to(torch.int64)
+    broken = torch.where(finite, 0.0, 1.0).sum(dtype=torch.float32).to(torch.int64)
     return torch.where(finite, values, 0.0).sum() / (values.numel() - broken).clamp(min=1)
 
 

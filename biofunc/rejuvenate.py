@@ -81,13 +81,13 @@ def rejuvenate_weights(
         if rate is not None:
             frailty = (size + _tie_break(largest)) / first[path].abs() if small else first[path]
             dies = _smallest(frailty, w.numel() * rate, coin[path]) & (size < torch.inf)
-        elif small:  # False where w is NaN or infinite
+        elif small:  # False where w is NaN or infinite; in place, in a product that nobody else has
             dies = torch.abs_(first[path] * (largest / dre)) > size
         else:
             share = finite_mean(torch.erfc(size * (dre / (largest * math.sqrt(2)))))
             dies = (first[path] < share) & (size < torch.inf)
         redrawn[path] = dies
-        grown = 2 * largest * (new[path] - 0.5)
+        grown = largest * (2 * new[path] - 1)
         if path in state.polarity:
             grown = grown.abs() * state.polarity[path]
         weights[path] = torch.where(dies, grown, w)

@@ -65,15 +65,13 @@ def volume_dependent_lr(
     Differs: normalise is new. Without it the defaults multiply the learning rate by 0.1 to 0.037.
     """
 
-    def volume_of(w: Tensor) -> Tensor:
-        size = w.abs()
-        return size / (size + 1)
-
     def factor(w: Tensor, z: Tensor) -> Tensor:
-        volume = volume_of(w)
+        size = w.abs()
+        volume = size / (size + 1)
         if normalise:  # a factor common to the leaf cancels; without it a large exponent could make all factors 0
             volume = volume - finite_min(volume)
-        # |N(eta, (lr_variability eta)^2)|; exp(…), which eta is proportional to, stands in front
+        # |N(eta, (lr_variability eta)^2)|; exp(…), which eta is proportional to, stands in front. In place, as nobody
+        # else has these values
         drawn = torch.exp_(-stability_factor * volume) * torch.abs_(base_lr + base_lr * lr_variability * z)
         scaled: Tensor = drawn / finite_mean(drawn) if normalise else drawn
         return scaled

@@ -15,17 +15,41 @@ SIZES = [0, 1, 7, 255, 256, 257, 1000, 4096, 4099, 40_001]
 DRAWS = [random.uniform, random.normal]
 
 
-@pytest.fixture
-def accelerated():
-    """Both executors of a function."""
+class Spy:
+    """A kernel that notes what is called."""
 
-    def both(function, *given):
+    def __init__(self, library):
+        self.library, self.called = library, []
+
+    def __getattr__(self, name):
+        self.called.append(name)
+        return getattr(self.library, name)
+
+
+@pytest.fixture
+def own_kernel():
+    """The kernel is compiled anew in this test, and after it."""
+    module._kernel.cache_clear()
+    yield
+    module._kernel.cache_clear()
+
+
+@pytest.fixture
+def accelerated(monkeypatch):
+    """Both executors of a function; the second one goes through the kernel, or it is said not to."""
+
+    def both(function, *given, kernel=True):
         without = function(*given)
-        random.accelerate()
-        try:
-            return without, function(*given)
-        finally:
-            random.accelerate(False)
+        spy = Spy(module._kernel())
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_kernel", lambda: spy)
+            random.accelerate()
+            try:
+                result = function(*given)
+            finally:
+                random.accelerate(False)
+        assert ("biofunc_draws" in spy.called) == kernel
+        return without, result
 
     yield both
     assert not philox.ACCELERATED
@@ -35,10 +59,34 @@ def accelerated():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_draws_have_the_same_bits(accelerated, draw, dtype):
     keys = random.split(random.key(3), 2)
+    kernel = not (draw is random.uniform and dtype == torch.float64)
     for size in SIZES:
-        without, with_operator = accelerated(lambda size=size: draw(keys, (size,), dtype=dtype))
-        assert torch.equal(without, with_operator)
-        assert with_operator.dtype == dtype
+        without, drawn = accelerated(lambda size=size: draw(keys, (size,), dtype=dtype), kernel=kernel)
+        assert torch.equal(without, drawn)
+        assert drawn.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_and_device_do_not_matter(accelerated, dtype):
+    key = random.key(12)
+    expected = random.normal(random.fold_in(key, 3), (1001,)), random.normal(key, ())
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            both = accelerated(lambda: (random.normal(random.fold_in(key, 3), (1001,)), random.normal(key, ())))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for drawn in both:
+        for leaf, other in zip(drawn, expected, strict=True):
+            assert leaf.device.type == "cpu"
+            assert leaf.dtype == torch.float32
+            assert torch.equal(leaf, other)
+
+
+def test_a_few_numbers_of_each_of_many_keys_have_the_same_bits(accelerated):
+    keys = random.split(random.key(13), 9000)
+    for size in (1, 5, 300):
+        assert torch.equal(*accelerated(lambda size=size: random.normal(keys, (size,))))
 
 
 def test_counters_run_over_32_and_64_bits(accelerated):
@@ -152,16 +200,25 @@ def test_large_leaves_are_drawn_apart_from_small_ones(accelerated, monkeypatch):
         assert torch.equal(leaf, other)
 
 
+@pytest.mark.usefixtures("own_kernel")
 def test_without_a_compiler_nothing_changes(monkeypatch):
-    module._kernel.cache_clear()
+    monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(module.shutil, "which", lambda name: None)
     with pytest.raises(RuntimeError, match=r"needs a C\+\+ compiler; install g\+\+"):
         random.accelerate()
     assert not philox.ACCELERATED
 
 
+@pytest.mark.usefixtures("own_kernel")
+def test_a_compiler_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler -O1")
+    with pytest.raises(RuntimeError, match="CXX names 'no-such-compiler', which is not there"):
+        random.accelerate()
+    assert not philox.ACCELERATED
+
+
+@pytest.mark.usefixtures("own_kernel")
 def test_a_compiler_that_fails_is_named_with_what_it_says(monkeypatch, tmp_path):
-    module._kernel.cache_clear()
     broken = tmp_path / "c++"
     broken.write_text("#!/bin/sh\necho no such thing >&2\nexit 1\n")
     broken.chmod(0o755)
@@ -171,8 +228,21 @@ def test_a_compiler_that_fails_is_named_with_what_it_says(monkeypatch, tmp_path)
     assert not philox.ACCELERATED
 
 
+@pytest.mark.usefixtures("own_kernel")
+def test_a_kernel_that_cannot_be_loaded_is_an_error_with_a_remedy(monkeypatch):
+    def refused(path):
+        raise OSError("failed to map segment")
+
+    monkeypatch.setattr(module.ctypes, "CDLL", refused)
+    with pytest.raises(
+        RuntimeError, match="failed to map segment; TMPDIR must name a folder from which programs may run"
+    ):
+        random.accelerate()
+    assert not philox.ACCELERATED
+
+
+@pytest.mark.usefixtures("own_kernel")
 def test_a_compiler_without_openmp_will_do(monkeypatch, accelerated):
-    module._kernel.cache_clear()
     run = subprocess.run
     tried = []
 
@@ -183,7 +253,42 @@ def test_a_compiler_without_openmp_will_do(monkeypatch, accelerated):
     monkeypatch.setattr(module.subprocess, "run", without_openmp)
     assert torch.equal(*accelerated(random.normal, random.key(11), (70_001,)))
     assert len(tried) == 3
-    module._kernel.cache_clear()
+
+
+def test_the_kernel_knows_all_kinds():
+    assert module.BITS.keys() == philox.CONVERSIONS.keys()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_chain_by_inductor_has_the_same_bits_as_its_draws(accelerated):
+    @bf.rule(phase="weights")
+    def reveal(params, grads, state, *, noise):
+        uniform, normal = noise.draw(params, "uniform", "normal")
+        return {path: torch.stack([uniform[path], normal[path]]).sum(0) for path in params}, grads, state
+
+    params = {"a": torch.zeros(3, 40, 50), "b": torch.zeros(3, 7, 1)}
+    learn = bf.chain(bf.rejuvenate_weights, reveal)
+    states = torch.vmap(learn.init)(params, random.split(random.key(14), 3))
+    eager = torch.vmap(learn)(params, params, states)[0]
+    compiled = torch.compile(torch.vmap(learn), fullgraph=True)
+    for drawn in accelerated(lambda: compiled(params, params, states)[0]):
+        for path, w in drawn.items():
+            assert torch.equal(w, eager[path])
+
+
+def test_a_size_that_varies_is_compiled_once(accelerated):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("aot_eager")
+    draw = torch.compile(lambda key, x: random.uniform(key, x.shape) + x, fullgraph=True, backend=counter, dynamic=True)
+    sizes = (1001, 77, 5000)
+
+    def drawn():
+        return torch.cat([draw(random.key(15), torch.zeros(size)) for size in sizes])
+
+    without, with_kernel = accelerated(drawn)
+    assert torch.equal(without, with_kernel)
+    assert counter.frame_count == 2  # one graph for each executor
 
 
 def test_the_operators_tell_the_shape_of_what_they_draw():

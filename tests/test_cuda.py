@@ -18,9 +18,9 @@ pytestmark = pytest.mark.cuda
 every_case = pytest.mark.parametrize(("row", "settings"), CASES, ids=IDS)
 
 DEVICE = torch.device("cuda", 0)
-# Sums run in another order, and exp, log, erfc and roots are another library's.
+# Bounds set in advance, not yet by a run: sums run in another order, exp, log, erfc and roots are another library's
 DEVICE_ULPS = 64
-# A fused kernel may join a multiplication and an addition, besides.
+# A fused kernel may join a multiplication and an addition, besides
 COMPILED_ULPS = 64
 
 

@@ -24,8 +24,10 @@ import biofunc as bf
 from torch.func import functional_call, grad
 from torch.nn.functional import cross_entropy
 
+start = time.perf_counter()
 if {accelerated}:
     bf.random.accelerate()
+taken = time.perf_counter() - start
 x, y, model = torch.rand(64, 784), torch.randint(10, (64,)), models.mlp(784, (512, 512), 10)
 learn = bf.chain(bf.crystallize, bf.adam(), bf.volume_dependent_lr, bf.fuzzy_learning_rates, bf.descend(0.1),
                  bf.every(100, bf.rejuvenate_weights))
@@ -39,7 +41,7 @@ params = {{path: p.detach().clone() for path, p in model.named_parameters()}}
 state = learn.init(params, bf.random.key(0))
 start = time.perf_counter()
 torch.compile(step, fullgraph=True)(params, state)
-print(time.perf_counter() - start)
+print(taken + time.perf_counter() - start)
 """
 IMPORT = "import time, torch, optree; start = time.perf_counter(); import biofunc; print(time.perf_counter() - start)"
 

@@ -67,30 +67,30 @@ def race(
     target: str,
     *,
     threads: int | None,
-    before: tuple[Callable[[], object] | None, Callable[[], object] | None] = (None, None),
+    before: Callable[[], object] | None = None,
     per: tuple[float, float] = (1, 1),
     seconds: float = 0.25,
     rounds: int = 5,
 ) -> Row:
     """Times two functions in turns.
 
-    before: what each needs before every call, untimed; per: how many units of work (members, steps) a call does.
+    before: what is done before every call of both, untimed; per: how many units of work (members, steps) a call does.
     """
     if QUICK:
         seconds, rounds = 0.01, 1
     timers = []
-    for function, prepare in zip((ours, theirs), before, strict=True):
-        names = {"function": function, "prepare": prepare or (lambda: None)}
-        timers.append((Timer("function()", "prepare()", globals=names, num_threads=threads or 1), prepare))
-    for timer, _ in timers:  # compilation, caches, the allocator's thresholds
+    for function in (ours, theirs):
+        names = {"function": function, "before": before or (lambda: None)}
+        timers.append(Timer("function()", "before()", globals=names, num_threads=threads or 1))
+    for timer in timers:  # compilation, caches, the allocator's thresholds
         timer.timeit(1)
         timer.timeit(1)
     samples: list[list[Measurement]] = [[], []]
     idle = _Others()
     for _ in tqdm(range(rounds), desc=case, leave=False):
-        for kept, (timer, prepare) in zip(samples, timers, strict=True):
+        for kept, timer in zip(samples, timers, strict=True):
             once = timer.timeit(1)
-            number = 1 if prepare or once.median > seconds else max(1, int(seconds / once.median))
+            number = 1 if before or once.median > seconds else max(1, int(seconds / once.median))
             repeats = max(1, int(seconds / (number * once.median)))
             kept += [timer.timeit(number) for _ in range(repeats)]
     one, two = [Measurement.merge(kept)[0] for kept in samples]
