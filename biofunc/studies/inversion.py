@@ -43,7 +43,7 @@ SETTINGS = {
     "lr_variability": "[0, inf)",
     "gamma": "an integer >= 1",
 }
-LARGEST_UNDOING = 1e6  # a rate below its inverse is not divided out: rounding is all that is left
+LARGEST_UNDOING = 1e30  # by smaller rates than its inverse, gradients leave the range of float32
 
 Attack = Literal["closed form", "cosine"]
 Defended = Literal["weights", "weights and biases"]
@@ -455,6 +455,7 @@ def closed_form_images(task: Task, defence: Defence, observed: Observed) -> dict
             "least squares": estimate(least_squares, observed.unaware),
         },
         "adaptive": {
+            "one row, rule undone": estimate(one_row, observed.adaptive),
             "least squares, rule undone": estimate(least_squares, observed.adaptive),
             "middle of the bounds": estimate(partial(midrange, nu=defence.nu), observed.adaptive),
             "rank one": estimate(rank_one, observed.adaptive),
