@@ -435,7 +435,7 @@ def test_a_size_or_number_of_members_below_one_is_refused(value):
 
 
 def test_leaves_of_chunks_without_a_common_member_axis_are_named():
-    for uneven, count in (({"a": normal(3, 2), "b": normal(2, 3)}, 2), ({"a": normal(3, 2), "b": normal()}, None)):
+    for uneven, count in (({"a": normal(3, 2), "b": normal(2, 3)}, 2), ({"a": normal(3, 2), "b": normal()}, "no")):
         with pytest.raises(ValueError, match=f"leaf 'b' has {count} members, the first leaf 3"):
             bf.ensemble.split(uneven, 2)
         with pytest.raises(ValueError, match=f"leaf 'b' has {count} members, the first leaf 3"):
