@@ -33,6 +33,7 @@ def measure(threads: int | None, options: argparse.Namespace) -> Iterator[Row]:
     out, gigabytes = torch.empty_like(w), w.numel() * w.element_size() / 1e9
     for name, (rule, leaves) in CASES.items():
         state = bf.init({"w": w}, key, rule)
+        torch.compiler.reset()  # else the cases count as recompilations of one step
         step = torch.compile(lambda p, g, s, rule=rule: rule(p, g, s), fullgraph=True)
         yield race(
             f"{name}, {w.numel():,} weights",

@@ -48,6 +48,7 @@ def measure(threads: int | None, options: argparse.Namespace) -> Iterator[Row]:
     for name, (rules, target) in RULES.items():
         learn = bf.chain(*rules)
         state = learn.init(params, bf.random.key(0))
+        torch.compiler.reset()  # else the cases count as recompilations of one step
         step = torch.compile(lambda p, g, s, learn=learn: learn(p, g, s), fullgraph=True)
         methods = [*METHODS, "rejuvenate_weights"] if len(rules) > 3 else METHODS
 
