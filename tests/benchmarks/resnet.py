@@ -58,7 +58,7 @@ def measure(threads: int | None, options: argparse.Namespace) -> Iterator[Row]:
 
         ours = lambda step=step, state=state: step(params, grads, state)  # noqa: E731
         bound = ">=" if threads == 1 else target  # stated; two threads are aimed at
-        yield race(name, ours, "0.0.5", theirs, bound, threads=threads, before=reset, seconds=1.0, rounds=5)
+        yield race(name, ours, "0.0.5", theirs, bound, threads=threads, before=reset)
 
 
 if __name__ == "__main__":
