@@ -70,7 +70,7 @@ def race(
     before: Callable[[], object] | None = None,
     per: tuple[float, float] = (1, 1),
     seconds: float = 0.25,
-    rounds: int = 5,
+    rounds: int = 3,
 ) -> Row:
     """Times two functions in turns.
 
