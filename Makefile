@@ -2,8 +2,12 @@
 # one environment, .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+# The public modules, and the mechanisms, whose files begin with the theory
+PAGES := biofunc '!biofunc\.' $(addprefix biofunc., random ensemble schedules distributions measure plot rule fuzzy \
+	volume crystallize temporal activity_rates rejuvenate lognormal dale splitting scaling activity studies.l2_init \
+	studies.shrink_and_perturb)
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench docs lint clean
 
 demo: .venv/demo
 	$(BIN)/python -m biofunc compare
@@ -14,6 +18,10 @@ test: .venv/test lint
 
 bench: .venv/test
 	$(BIN)/python tests/benchmarks/run.py
+
+docs: .venv/docs
+	rm -rf docs/api
+	$(BIN)/python -m pdoc -d google -t docs/templates -o docs/api $(PAGES)
 
 lint: .venv/test
 	$(BIN)/ruff check .
@@ -30,5 +38,9 @@ lint: .venv/test
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test]'
 	@touch $@ .venv/demo
 
+.venv/docs: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
 clean:
-	rm -rf .venv runs .hypothesis .mypy_cache .ruff_cache
+	rm -rf .venv docs/api runs .hypothesis .mypy_cache .ruff_cache

@@ -39,6 +39,8 @@ def adam(
     Phase: optimizer.
 
     Source: Kingma, Ba 2015, arXiv 1412.6980, algorithm 1.
+
+    Differs: nothing, but for what is said of re-drawn synapses.
     """
     return as_rule(_adam).bind(beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
 
@@ -70,6 +72,8 @@ def adamw(
     Phase: optimizer.
 
     Source: Loshchilov, Hutter 2019, arXiv 1711.05101, algorithm 2.
+
+    Differs: nothing, but for what is said of re-drawn synapses.
     """
     rule = named("adamw", _adam)
     return rule.bind(beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, decoupled=True)

@@ -72,6 +72,7 @@ def attach(
 
     Raises:
         TypeError: an argument of another kind, or no rule.
+        KeyError: `where` is a tree that does not match the parameters.
         ValueError: rules in the wrong place or order, NAdam with rules that re-draw synapses, an optimizer that has
             rules attached already or none of the model's parameters, a layer without shape, or ranks with other keys.
     """

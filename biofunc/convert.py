@@ -91,6 +91,9 @@ class Converted:
 
         Returns:
             What the model returns, and the new buffers.
+
+        Raises:
+            KeyError: other parameters than those of the conversion.
         """
         self._check_names(params)
         # What the model writes into must be batched under vmap if anything that it may write is
@@ -109,6 +112,10 @@ class Converted:
 
         Returns:
             The parameters, with Dale's principle imposed if it applies, and the state.
+
+        Raises:
+            KeyError: other parameters than those of the conversion.
+            TypeError, ValueError: a leaf is not floating point, or `key` is no key.
         """
         self._check_names(params)
         return _start(self.model, self.config, self.learn, self.where, dict(params), key)
@@ -161,6 +168,7 @@ def convert(
         TypeError: a setting that does not exist, with the nearest one that does; what is given makes no module.
         ValueError: the model has no synaptic layer, a value out of its range, a combination that has no meaning, or a
             layer whose outputs cannot be split in `weight_splitting_Gamma`.
+        KeyError: `where` is a tree that does not match the parameters.
 
     Source: pytorch_bio_transformations 0.0.5, `BioConverter`.
 

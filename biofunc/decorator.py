@@ -63,6 +63,7 @@ def rule(
       `state.with_slot(name, trace=new)` is the state that keeps the new tensors.
 
     Args:
+        function: never given; it is here so that `@bf.rule` without parentheses says what is missing.
         phase: "gradient" (reads the raw gradient, before the optimizer), "direction" (shapes the gradient or the
             update, before `descend`), "optimizer" (turns gradients into an update), "descend" (moves parameters) or
             "weights" (acts on them afterwards).

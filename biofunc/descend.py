@@ -21,6 +21,10 @@ def descend(lr: Hyperparameter) -> Rule:
         ValueError, TypeError: `lr` out of its range.
 
     Phase: descend.
+
+    Source: gradient descent, Cauchy 1847, Comptes rendus 25:536.
+
+    Differs: nothing.
     """
     return as_rule(_descend).bind(lr=lr)
 

@@ -49,6 +49,9 @@ def uniform(key: Tensor, weight: Tensor, nu: float | Tensor, path: str) -> Tenso
 
     Returns:
         Rates, shaped like the weight.
+
+    Raises:
+        TypeError: `key` is not a key.
     """
     return 1 + nu * (2 * random.uniform(key, weight.shape).to(weight.dtype) - 1)
 
@@ -64,6 +67,9 @@ def normal(key: Tensor, weight: Tensor, nu: float | Tensor, path: str) -> Tensor
 
     Returns:
         Rates, shaped like the weight.
+
+    Raises:
+        TypeError: `key` is not a key.
     """
     return 1 + nu * random.normal(key, weight.shape, dtype=weight.dtype)
 
@@ -79,6 +85,9 @@ def lognormal(key: Tensor, weight: Tensor, nu: float | Tensor, path: str) -> Ten
 
     Returns:
         Rates, shaped like the weight.
+
+    Raises:
+        TypeError: `key` is not a key.
     """
     return torch.exp(nu * random.normal(key, weight.shape, dtype=weight.dtype) - nu * nu / 2)
 
@@ -94,6 +103,9 @@ def gamma(key: Tensor, weight: Tensor, nu: float | Tensor, path: str) -> Tensor:
 
     Returns:
         Rates, shaped like the weight.
+
+    Raises:
+        TypeError: `key` is not a key.
     """
     spread = _at_least(nu, weight)
     return spread * spread * random.gamma(key, spread**-2, weight.shape, dtype=weight.dtype)
@@ -110,6 +122,9 @@ def beta(key: Tensor, weight: Tensor, nu: float | Tensor, path: str) -> Tensor:
 
     Returns:
         Rates, shaped like the weight.
+
+    Raises:
+        TypeError: `key` is not a key.
     """
     spread = _at_least(nu, weight)
     return 1 + spread * (2 * random.beta(key, 1 / spread, 1 / spread, weight.shape, dtype=weight.dtype) - 1)
@@ -126,6 +141,9 @@ def weight_adaptive(key: Tensor, weight: Tensor, nu: float | Tensor, path: str) 
 
     Returns:
         Rates, shaped like the weight.
+
+    Raises:
+        TypeError: `key` is not a key.
     """
     size = weight.abs()
     mean = finite_mean(size)

@@ -37,6 +37,7 @@ def crystallised_fraction(
 
     Raises:
         ValueError: a negative `below`, the stacked state of an ensemble, or `where` selects nothing.
+        TypeError, KeyError: `state` is no state, or `where` does not match it.
     """
     check_not_negative("below", below)
     rates = _rates(state, where)
@@ -67,6 +68,7 @@ def rate_spectrum(
 
     Raises:
         ValueError: edges that do not rise, the stacked state of an ensemble, or `where` selects nothing.
+        TypeError, KeyError: `state` is no state, or `where` does not match it.
     """
     edges = _edges(edges)
     rates = [state.detach()] if isinstance(state, Tensor) else list(_rates(state, where).values())
@@ -99,7 +101,7 @@ def effective_number_of_rates(
         0-d tensor in [1, bins]; NaN without synapses.
 
     Raises:
-        ValueError: as for `rate_spectrum`.
+        ValueError, TypeError, KeyError: as for `rate_spectrum`.
 
     Source: the effective number of species, Hill 1973, doi 10.2307/1934352, of order 1.
     """

@@ -82,7 +82,7 @@ def survival(
 
     Raises:
         ValueError: a negative threshold, leaves without a common time axis, or `where` selects nothing.
-        TypeError: leaves that are not floating point.
+        TypeError, KeyError: leaves that are not floating point, or `where` does not match them.
 
     Source: survival fraction of spines, Holtmaat et al. 2005, doi 10.1016/j.neuron.2005.01.003.
     """

@@ -28,8 +28,10 @@ except ModuleNotFoundError:
 
 __all__ = ["COLOURS", "forest", "learning_curves", "rate_spectrum", "size_distribution", "survival_curve"]
 
-# Okabe, Ito 2008, without the yellow, which is too light for lines; black is for what the others are compared with
 COLOURS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+"""Black, for what the others are compared with, and the colours of Okabe, Ito 2008, which colour-blind readers tell
+apart, without the yellow, too light for lines."""
+
 MARKERS = ("o", "s", "^", "D", "v", "X", "P")
 VERDICTS = {"better": ("#009E73", "^"), "undecided": ("#666666", "o"), "worse": ("#D55E00", "v")}
 
@@ -120,7 +122,8 @@ def rate_spectrum(
         The axes, in per cent of the synapses.
 
     Raises:
-        ValueError: edges that do not rise from above 0, no rates, or as for `measure.rate_spectrum`.
+        ValueError: edges that do not rise from above 0, or no rates.
+        ValueError, TypeError, KeyError: as for `measure.rate_spectrum`.
     """
     if not edges[0] > 0:
         raise ValueError(f"edges start at {edges[0]}; the axis is logarithmic, so they start above 0")

@@ -75,7 +75,6 @@ class Rule:
         needs: signals without which it cannot run.
         ranges: the range of each numeric keyword.
         choices: the values that a keyword may have.
-        bound: values bound to keywords.
         redraws: it puts new synapses in the place of old ones.
         writes_rates: it changes `state.plasticity`.
         applies_rates: it multiplies the descent direction by `state.plasticity`.
@@ -83,6 +82,7 @@ class Rule:
         every_leaf: it acts on every leaf, not on synapses alone.
         once: it acts once, before learning, and stands in no chain that moves parameters.
         fresh: fresh value of each entry of its slot, for re-drawn synapses.
+        bound: values bound to keywords.
         within: selections to which it is restricted.
         wrappers: what wraps it, for its repr.
     """
@@ -137,7 +137,18 @@ class Rule:
         return params, grads, state.replace(key=fold_in(state.key, 0)) if self.draws else state
 
     def acts_on(self, params: Leaves, synapses: Mapping[str, Any]) -> list[str]:
-        """Paths of the leaves that the rule sees, in the order of the tree."""
+        """Paths of the leaves that the rule sees, in the order of the tree.
+
+        Args:
+            params: parameters by path.
+            synapses: by path, what is a synapse: a state's `plasticity`.
+
+        Returns:
+            The paths.
+
+        Raises:
+            KeyError, TypeError, ValueError: a selection of `where` does not fit the parameters.
+        """
         paths = [path for path in params if self.every_leaf or path in synapses]
         for selection in self.within:
             chosen = set(select_paths(selection, params))
@@ -145,14 +156,35 @@ class Rule:
         return paths
 
     def bind(self, **keywords: Any) -> "Rule":
-        """A copy with values bound to keywords; they reach the rule's init too."""
+        """A copy with values bound to keywords; they reach the rule's init too.
+
+        Args:
+            keywords: values by keyword.
+
+        Returns:
+            The new rule; this one stays as it is.
+
+        Raises:
+            TypeError, ValueError: a keyword that the rule does not have, or a value out of its range.
+        """
         for name, value in keywords.items():
             self.check_keyword(name, at_step=False)
             self.check_value(name, value)
         return dataclasses.replace(self, bound={**self.bound, **keywords})
 
     def resolve(self, keywords: Mapping[str, Any], state: BioState) -> dict[str, Any]:
-        """Bound and given keywords as values of this step: schedules called, numbers checked."""
+        """Bound and given keywords as values of this step: schedules called, numbers checked.
+
+        Args:
+            keywords: what is given at the step; it overrides what is bound.
+            state: its step is that of the schedules.
+
+        Returns:
+            Values by keyword.
+
+        Raises:
+            TypeError, ValueError: a value out of its range.
+        """
         values = {**self.bound, **keywords}
         for name, value in values.items():
             self.check_value(name, value)
@@ -162,7 +194,15 @@ class Rule:
         return values
 
     def check_keyword(self, name: str, *, at_step: bool) -> None:
-        """Raises a TypeError unless the rule takes this keyword, here and now."""
+        """Refuses a keyword that the rule does not take, here and now.
+
+        Args:
+            name: the keyword.
+            at_step: whether it is given at a step; what acts at init is refused then.
+
+        Raises:
+            TypeError: the rule does not take it.
+        """
         if name not in self.accepts:
             close = difflib.get_close_matches(name, self.accepts, 1)
             hint = f"did you mean '{close[0]}'?" if close else f"it takes: {', '.join(self.accepts) or 'none'}"
@@ -174,13 +214,31 @@ class Rule:
             )
 
     def check_needs(self, signals: Mapping[str, Any], hand_over: str = "learn(params, grads, state, {0}={0})") -> None:
-        """Raises a TypeError if a signal without which the rule cannot run is neither bound nor handed over."""
+        """Refuses to run without a signal that is neither bound nor handed over.
+
+        Args:
+            signals: what is handed over, by name.
+            hand_over: how it is done, for the message; "{0}" stands for the name.
+
+        Raises:
+            TypeError: a signal is missing.
+        """
         for name in self.needs:
             if name not in self.bound and name not in signals:
                 how = f"{hand_over.format(name)}" + ("; bf.record_activity(model) records it" * (name == "activity"))
                 raise TypeError(f"{self.name}: {name} is missing; hand it over at each step, {how}")
 
     def check_value(self, name: str, value: Any) -> None:
+        """Refuses a value that a keyword cannot have; of a tensor the shape alone is looked at.
+
+        Args:
+            name: the keyword.
+            value: a number, tensor, schedule or choice.
+
+        Raises:
+            TypeError: it is none of what the keyword takes.
+            ValueError: it is out of range, no choice, or a tensor that is not 0-d.
+        """
         if name in self.choices and not any(value is choice or value == choice for choice in self.choices[name]):
             shown = " or ".join(map(repr, self.choices[name]))
             raise ValueError(f"{self.name}: {name} is {value!r}; it must be {shown}")
@@ -239,6 +297,9 @@ def named(name: str, rule: Any) -> Rule:
 
     Returns:
         The rule under its new name.
+
+    Raises:
+        TypeError: `rule` is not a rule.
     """
     return dataclasses.replace(as_rule(rule), name=name)
 

@@ -28,6 +28,7 @@ def constant(value: float | Tensor) -> Schedule:
 
     Raises:
         ValueError: the value is not finite.
+        TypeError: it is no number or tensor.
     """
     _check_finite(value=value)
     return lambda step: value + 0 * step.to(torch.float64)
@@ -46,6 +47,7 @@ def linear(start: float | Tensor, stop: float | Tensor, steps: int) -> Schedule:
 
     Raises:
         ValueError: `steps` is below 1, or a value is not finite.
+        TypeError: a value is no number or tensor.
     """
     _check_steps(steps)
     _check_finite(start=start, stop=stop)
@@ -65,6 +67,7 @@ def cosine(start: float | Tensor, stop: float | Tensor, steps: int) -> Schedule:
 
     Raises:
         ValueError: `steps` is below 1, or a value is not finite.
+        TypeError: a value is no number or tensor.
     """
     _check_steps(steps)
     _check_finite(start=start, stop=stop)
@@ -83,7 +86,8 @@ def exponential(start: float | Tensor, factor: float | Tensor, steps: int) -> Sc
         `step -> start factor^(step / steps)`.
 
     Raises:
-        ValueError: `steps` is below 1, or `factor` is not positive and finite.
+        ValueError: `steps` is below 1, a value is not finite, or `factor` not positive.
+        TypeError: a value is no number or tensor.
     """
     _check_steps(steps)
     if not isinstance(factor, Tensor) and not factor > 0:
@@ -104,6 +108,7 @@ def piecewise(start: float | Tensor, values: Mapping[int, float | Tensor]) -> Sc
 
     Raises:
         ValueError: a step is below 1, or a value is not finite.
+        TypeError: a step is no integer, or a value no number or tensor.
     """
     for step in values:
         if isinstance(step, bool) or not isinstance(step, int):

@@ -28,6 +28,8 @@ def sgd(*, momentum: Hyperparameter = 0.0, nesterov: bool = False, weight_decay:
     Phase: optimizer.
 
     Source: Sutskever, Martens, Dahl, Hinton 2013, proceedings.mlr.press/v28/sutskever13; the form of torch.optim.SGD.
+
+    Differs: nothing, but for what is said of re-drawn synapses.
     """
     return as_rule(_sgd).bind(momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
 
