@@ -2,6 +2,7 @@
 
 import io
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -104,7 +105,7 @@ def pictures(summary: Mapping[str, Any]) -> dict[str, bytes]:
     return made
 
 
-# Until biofunc.plot exists: forest and learning_curves are the two functions to be replaced by those of its names.
+# biofunc.plot judges an interval by itself; here the verdict is that of the study, corrected for the number of arms.
 def forest(axes: Any, arms: Mapping[str, Mapping[str, Any]]) -> None:
     """Draws one row per arm: its mean paired difference with the interval; colour and marker show the verdict."""
     for row, found in enumerate(arms.values()):
@@ -439,7 +440,7 @@ def _figure(panels: Sequence[tuple[str, Callable[[Any], None]]], width: float, h
     grid = list(figure.subplots(lines, columns, squeeze=False).flat)
     for axes, (title, draw) in zip(grid, panels, strict=False):
         draw(axes)
-        axes.set_title(title, fontsize="small")
+        axes.set_title("\n".join(textwrap.wrap(title, 34)), fontsize="small")
         axes.spines[["top", "right"]].set_visible(False)
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
