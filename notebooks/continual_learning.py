@@ -170,7 +170,7 @@ for ax, curves, ylabel in zip(
     strict=True,
 ):
     bf.plot.learning_curves(curves, task_numbers, baseline="plain", ax=ax)
-    ax.set(xlabel="task", ylabel=ylabel)
+    ax.set(xlabel="task", ylabel=ylabel, xticks=range(1, TASKS + 1, 2))
 axes[0].axhline(0.1, color="#999999", linewidth=0.8)
 for ax in axes[1:]:
     ax.get_legend().remove()

@@ -384,7 +384,7 @@ print(
 # - The loop keeps its shape. `attach` and `convert` gave the same test accuracies at every step of twelve seeds, to within
 #   rounding; compare the largest difference above.
 # - Original and biofunc ended at 77.8 % and 76.6 %, a paired difference of -1.2 points [-2.6, +0.1] in which twelve
-#   seeds show no clear effect. Early on biofunc is visibly slower: its new synapses are of full size and disturb what has
+#   seeds show no clear effect. Early on biofunc is visibly slower, probably since its new synapses are of full size and disturb what has
 #   been learnt, while the original's are next to zero and only remove what was small already. This is no fair contest of
 #   mechanisms, and none was meant: learning rate and settings are those of an example.
 # - Fuzzy rates take the weights 30 % away from a plain run under SGD, in both libraries; under Adam still 30 % in biofunc,

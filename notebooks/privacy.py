@@ -191,9 +191,8 @@ closed = {
 }
 
 # %% [markdown]
-# Weight splitting, several contacts per connection, changes no gradient: it changes the
-# network, whose gradient is shared as it is. And each mechanism gets its rival: noise of the relative size by which the
-# mechanism changed the gradient.
+# Weight splitting, several contacts per connection, changes no gradient: it changes the network, whose gradient is shared
+# as it is. And each mechanism gets its rival: noise of the relative size by which the mechanism changed the gradient.
 
 # %%
 split = bf.split_synapses(perceptron, gamma=2)
@@ -279,10 +278,7 @@ def cosine(name, rules, nu=0.0):
         return found[:, 0]
 
     unaware = attack(shared, 1)
-    if name == "none":
-        adaptive = unaware
-    else:
-        adaptive = attack(undone, IMAGES, spread) if nu else attack(undone, 1)
+    adaptive = attack(undone, IMAGES, spread) if nu else attack(undone, 1)
     return {
         "distortion": distortion_of(true, shared, state),
         "accuracy": accuracy,
@@ -353,10 +349,11 @@ plt.show()
 # - Crystallised rates mislead the unaware attacker most, 14 dB, and the one who has followed training not at all: a server
 #   can compute them. Volume-dependent rates are computed but for their noise: 38 dB.
 # - With the cosine attack fuzzy rates take the adaptive attacker from 45 dB to 32 dB (nu=0.16) and 29 dB (nu=0.5).
-# - Against noise that changes the gradient as much, fuzzy rates do protect better from the adaptive attackers tried here: by
-#   1 and 4 dB in closed form, by 8 and 3 dB with the cosine attack. Part of this is that noise is drawn anew in each of
-#   four rounds and averages out, which rates drawn at birth do not. It is a gain over noise of the same size, not
-#   privacy: noise can be made larger, and 29 dB is an error of 4 % of the grey scale.
+# - Against noise that changes the gradient as much, the adaptive attackers tried here get a worse image from fuzzy rates: by
+#   4 dB in closed form at nu=0.5 (at nu=0.16 the difference of 1 dB is undecided), and by 8 and 3 dB with the cosine attack.
+#   Part of this is that noise is drawn anew in each of four rounds and averages out, which rates drawn at birth do not.
+#   It is a gain over noise of the same size, not privacy: noise can be made larger, and 29 dB is an error of 4 % of the
+#   grey scale.
 #
 # Sixteen victims, small networks, one image per gradient; a better attack may exist. `biofunc/studies/inversion.toml` asks the
 # question with noise and pruning of equal cost in accuracy, with more attackers and data sets.
