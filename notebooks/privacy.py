@@ -342,7 +342,7 @@ plt.show()
 # ## What was found
 #
 # - A gradient as it is gives the image away exactly, and so does that of a network with two contacts per connection: no
-#   mechanism acts on it. Accuracy does not suffer from any of the defences at these strengths (two contacts learn faster).
+#   mechanism acts on it. With each defence accuracy stays within a point (two contacts learn faster).
 # - An attacker who does not know of fuzzy rates gets 29 dB at nu=0.16 and 19 dB at nu=0.5 in closed form, one who knows 48 and
 #   36 dB, all far above the 12 dB of the mean digit: the images stay legible. An attacker who is told the rates has them
 #   exactly.
