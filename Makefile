@@ -14,7 +14,7 @@ demo: .venv/demo
 
 test: .venv/test lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term --cov-fail-under=95
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbmake notebooks -o filterwarnings=default
+	BIOFUNC_QUICK=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbmake notebooks -o filterwarnings=default
 
 bench: .venv/test
 	$(BIN)/python tests/benchmarks/run.py
