@@ -10,7 +10,7 @@ demo: .venv/demo
 
 test: .venv/test lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term --cov-fail-under=95
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbmake notebooks -o filterwarnings=default
+	OMP_NUM_THREADS=1 BIOFUNC_QUICK=1 $(BIN)/python -m pytest --nbmake notebooks -o filterwarnings=default
 
 bench: .venv/test
 	$(BIN)/python tests/benchmarks/run.py
