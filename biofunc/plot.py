@@ -97,7 +97,9 @@ def survival_curve(
     named = curves if isinstance(curves, Mapping) else {"": curves}
     percent = {name: 100 * _numbers(values) for name, values in named.items()}
     ax = _draw_curves(percent, times, None, ax)
-    ax.set(xlabel="time", ylabel="surviving synapses (%)", ylim=(0, 103))
+    ax.set(xlabel="time", ylabel="surviving synapses (%)")
+    if ax.get_yscale() == "linear":  # a logarithmic axis, on which exponentials are straight, has no 0
+        ax.set_ylim(0, 103)
     return ax
 
 

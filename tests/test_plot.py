@@ -100,6 +100,14 @@ def test_survival_is_in_per_cent_with_a_band_over_members():
     assert [text.get_text() for text in both.get_legend().get_texts()] == ["small", "random"]
 
 
+def test_survival_takes_logarithmic_axes_as_they_are():
+    given = pyplot.subplots()[1]
+    given.set(yscale="log", ylim=(1, 100))
+    ax = plot.survival_curve(torch.tensor([1.0, 0.5, 0.25]), ax=given)
+    assert ax.get_yscale() == "log"
+    assert ax.get_ylim() == (1, 100)
+
+
 def test_spectrum_bars_are_the_shares():
     params, grads = mlp()
     learn = bf.chain(bf.crystallize, bf.fuzzy_learning_rates, bf.descend(0.1))
