@@ -28,7 +28,8 @@ def turnover(
 
         ratio = (gained + lost) / (present before + present after),    present = |w| > threshold
 
-    As a spine in the microscope, a synapse that is replaced by one of the same sign between two looks is not noticed.
+    As a spine in the microscope, a synapse that is replaced by one of the same sign between two looks is not noticed,
+    so that the true turnover is higher.
 
     Args:
         before: tree of parameters at the first time.

@@ -197,6 +197,7 @@ def size_distribution(
         label = f"log-normal, ln |w| = {mean:.2f} ± {sd:.2f}"
         ax.plot(numpy.exp(x), density, color=COLOURS[0], linewidth=1.5, label=label)
     ax.set(xscale="log", xlabel="synaptic size |w|", ylabel="density of ln |w|")
+    ax.set_ylim(0, 1.25 * max(ax.get_ylim()[1], ax.dataLim.y1))  # the legend lies above the bars
     ax.legend(frameon=False, fontsize="small", loc="upper left")
     return ax
 
@@ -248,8 +249,11 @@ def forest(
             capsize=3,
             label=verdict,
         )
+    digits = _digits(intervals)
     for place, (difference, low, high) in enumerate(intervals.values()):
-        text = f"{difference:+.2f}" + ("" if math.isnan(low) else f" [{low:+.2f}, {high:+.2f}]")
+        text = f"{difference:+.{digits}f}"
+        if not math.isnan(low):
+            text += f" [{low:+.{digits}f}, {high:+.{digits}f}]"
         text = text.replace("-", "−")  # as on the axis
         ax.annotate(text, (1.02, place), xycoords=("axes fraction", "data"), va="center", fontsize="small")
     ax.set_yticks(range(len(intervals)), [name.replace("_", " ") for name in intervals])
@@ -260,6 +264,13 @@ def forest(
     if symlog is not None:
         _symlog(ax, "x", symlog)
     return ax
+
+
+def _digits(intervals: Mapping[str, tuple[float, float, float]]) -> int:
+    """Decimals that leave three digits to the widest bound, two at the least: accuracies may lie in [0, 1]."""
+    bounds = [abs(bound) for interval in intervals.values() for bound in interval if math.isfinite(bound)]
+    largest = max(bounds, default=1.0)
+    return 2 if largest >= 1 or largest == 0 else min(6, 2 - math.floor(math.log10(largest)))
 
 
 def _verdict(name: str, interval: Sequence[float], higher_is_better: bool) -> str:

@@ -146,6 +146,9 @@ def test_sizes_have_unit_area_and_their_own_log_normal():
     )
     assert area == pytest.approx(1)
     assert len(ax.patches) == 60
+    ax.figure.canvas.draw()
+    highest = ax.transData.transform((1, max(bar.get_height() for bar in ax.patches)))[1]
+    assert ax.get_legend().get_window_extent().y0 > highest
     (fit,) = ax.get_lines()
     x, density = fit.get_xdata(), fit.get_ydata()
     logs = w[w != 0].abs().log()
@@ -196,6 +199,11 @@ def test_forest_shows_the_verdict_in_colour_and_marker(higher, good, bad):
     assert [label.get_text() for label in ax.get_yticklabels()] == ["up", "down there", "open", "one seed"]
     texts = [text.get_text() for text in ax.texts]
     assert texts == ["+1.00 [+0.50, +1.50]", "−1.00 [−1.50, −0.50]", "+0.10 [−0.20, +0.30]", "+2.00"]
+
+
+def test_a_forest_of_small_differences_shows_three_digits_of_the_widest():
+    texts = [text.get_text() for text in plot.forest({"a": (0.0012, 0.0004, 0.0021), "b": (0.0, -0.01, 0.01)}).texts]
+    assert texts == ["+0.0012 [+0.0004, +0.0021]", "+0.0000 [−0.0100, +0.0100]"]
 
 
 def test_forest_on_a_symlog_axis():
