@@ -124,6 +124,10 @@ def test_runs_decides_and_reports(toy, path, capsys, monkeypatch):
     assert "| good " in capsys.readouterr().out
     for picture in ("forest.png", "curves.png"):
         assert matplotlib.image.imread(out / picture).std() > 0.01
+    # with more arms than lines that can be told apart there are no curves, and the report names none
+    monkeypatch.setattr(report, "COLOURS", report.COLOURS[:1])
+    assert list(toy.pictures(summary)) == ["forest.png"]
+    assert report.report(summary) == text.replace("![Curves](curves.png)\n\n", "")
 
 
 def test_enough_seeds_make_verdicts_and_smaller_may_be_better(toy, path):

@@ -3,7 +3,7 @@
 import io
 import math
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy
@@ -67,7 +67,7 @@ def report(summary: Mapping[str, Any]) -> str:
         blocks.append("\n".join(f"- {note}" for note in study["notes"]))
     blocks += ["## All conditions", *_overall_blocks(study, analysis["overall"])]
     blocks.append("![Differences](forest.png)")
-    if _curves_of(summary["results"]):
+    if _curves_of(summary["results"]) and _can_be_told_apart(analysis["overall"]):
         blocks.append("![Curves](curves.png)")
     for name, condition in analysis["conditions"].items():
         blocks += [f"## {name}", *_condition_blocks(study, condition)]
@@ -76,7 +76,7 @@ def report(summary: Mapping[str, Any]) -> str:
 
 
 def pictures(summary: Mapping[str, Any]) -> dict[str, bytes]:
-    """PNG pictures by file name: `forest.png`, and `curves.png` if a metric holds curves."""
+    """PNG pictures by file name: `forest.png`, and `curves.png` if there are curves, of arms that can be told apart."""
     study, conditions = summary["study"], summary["analysis"]["conditions"]
     forests: list[tuple[str, Callable[[Any], None]]] = []
     rows = longest = 1
@@ -90,7 +90,7 @@ def pictures(summary: Mapping[str, Any]) -> dict[str, bytes]:
     made = {"forest.png": _figure(forests, 2.6 + 0.06 * longest, 0.6 + 0.22 * rows, label)}
     curves: list[tuple[str, Callable[[Any], None]]] = []
     places = list(summary["analysis"]["overall"])
-    for metric in _curves_of(summary["results"]):
+    for metric in _curves_of(summary["results"]) if _can_be_told_apart(places) else []:
         for name, condition in conditions.items():
             of_arm = {
                 arm: summary["results"][name][found["arm"]][found["setting"]].get(metric)
@@ -98,7 +98,7 @@ def pictures(summary: Mapping[str, Any]) -> dict[str, bytes]:
             }
             drawn = {arm: values for arm, values in of_arm.items() if values is not None}
             title = f"{name}: {metric.removeprefix(CURVE)}"
-            if drawn and len(places) <= 2 * len(COLOURS):  # with more, no line could be told from the next
+            if drawn:
                 curves.append((title, lambda axes, drawn=drawn: learning_curves(axes, drawn, places)))  # type: ignore[misc]
     if curves:
         made["curves.png"] = _figure(curves, 4.2, 2.6, study.get("curve_label", "point of the curve"))
@@ -117,6 +117,7 @@ def forest(axes: Any, arms: Mapping[str, Mapping[str, Any]]) -> None:
     axes.axvline(0, color="#000000", linewidth=0.8)
     axes.set_yticks(range(len(arms)), [name.replace("_", " ") for name in arms], fontsize="x-small")
     axes.set_ylim(len(arms) - 0.4, -0.6)
+    axes.locator_params("x", nbins=5)
     axes.tick_params(axis="x", labelsize="x-small")
 
 
@@ -429,6 +430,11 @@ def _digits(values: Iterable[float]) -> int:
 def _curves_of(results: Results) -> list[str]:
     every = [name for arms in results.values() for settings in arms.values() for m in settings.values() for name in m]
     return [name for name in dict.fromkeys(every) if name.startswith(CURVE)]
+
+
+def _can_be_told_apart(arms: Collection[str]) -> bool:
+    """Whether each arm has a line of its own: a colour, solid or dashed."""
+    return len(arms) <= 2 * len(COLOURS)
 
 
 def _figure(panels: Sequence[tuple[str, Callable[[Any], None]]], width: float, height: float, label: str) -> bytes:
