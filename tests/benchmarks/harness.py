@@ -138,18 +138,19 @@ def duration(seconds: float) -> str:
 
 
 def table(rows: Iterable[Row]) -> Iterator[str]:
-    yield "| work | threads | biofunc | rival | ratio | must reach | busy |"
+    yield "| work | threads | biofunc | rival | ratio, of times | must reach | busy |"
     yield "|---|---|---|---|---|---|---|"
     for row in rows:
         ours = f"{duration(row.ours)} ± {duration(row.ours_iqr)}"
         theirs = f"{row.rival}: {duration(row.theirs)} ± {duration(row.theirs_iqr)}"
         mark = "" if row.reached else " **missed**"
+        of = "rival / biofunc" if row.target.startswith(">=") else "biofunc / rival"
         cells = [
             row.case,
             row.threads or "-",
             ours,
             theirs,
-            f"{row.ratio:.2f}",
+            f"{of} {row.ratio:.2f}",
             f"{row.target if row.target[2:] else '-'}{mark}",
             f"{row.busy:.1f}",
         ]

@@ -11,8 +11,8 @@ SCRIPTS = ("ensemble", "resnet", "step", "mechanisms", "draws", "bandwidth", "me
 TEXT = """# Benchmarks
 
 `make bench` writes this page; close everything else meanwhile. Times are medians ± interquartile range, ours and the
-rival's taken in turns in one process; "busy" is how many cores other processes used. The ratio is rival / biofunc where
-it must reach ">=", else biofunc / rival. A missed target says so.
+rival's taken in turns in one process; "busy" is how many cores other processes used. Each row says which way round its
+ratio is. A missed target says so.
 """
 ON_GPU = (
     ("ensemble", "a step of one of 1024 perceptrons 64-128-10", "0.0.5, one after another", ">= 200"),
