@@ -47,7 +47,7 @@ def init(make_model: Callable[[], nn.Module], seeds: Iterable[int]) -> tuple[Lea
     if not seeds:
         raise ValueError("seeds is empty; an ensemble has at least one member")
     members: list[tuple[Leaves, Leaves]] = []
-    with torch.random.fork_rng(devices=range(torch.cuda.devicecount_members())):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         for seed in seeds:
             if isinstance(seed, bool) or not isinstance(seed, int):
                 raise TypeError(f"seeds holds {seed!r}; every seed is an integer")
@@ -102,9 +102,8 @@ def unstack(tree: T) -> list[T]:
         ValueError: leaves without a common leading axis.
     """
     flat, structure = trees.flatten(tree)
-    return [
-        trees.unflatten(structure, {path: leaf[i].clone() for path, leaf in flat.items()}) for i in range(count_members(flat))
-    ]
+    members = count_members(flat)
+    return [trees.unflatten(structure, {path: leaf[i].clone() for path, leaf in flat.items()}) for i in range(members)]
 
 
 def split(tree: T, size: int) -> list[T]:

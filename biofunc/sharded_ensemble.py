@@ -6,16 +6,16 @@ ensemble together again. It moves bytes, and what it says about trees is JSON: n
 """
 
 import json
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from biofunc import ensemble, trees  # ensemble imports this file: its names are there once a function is called
-from biofunc.state import BioState
+from biofunc import ensemble, trees  # ensemble imports this file: its names are there when a function is called
+from biofunc.described import build, describe, unbuildable
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -113,7 +113,7 @@ def gather(chunks: Sequence[T], members: int, mesh: "DeviceMesh", to: int | None
     size, description = _agreed(reports)
     bounds = _members_of_ranks(members, size, ranks)
     own = [trees.flatten(chunk) for chunk in chunks]
-    flat, structure = own[0] if own else trees.flatten(_build(description))
+    flat, structure = own[0] if own else trees.flatten(build(description))
     whole: dict[str, Tensor] = {}
     receives = to is None or to == rank
     for path, leaf in flat.items():
@@ -150,11 +150,11 @@ def _check_mesh(mesh: "DeviceMesh") -> None:
         raise TypeError(f"mesh is {type(mesh).__name__}; give a DeviceMesh: init_device_mesh('cpu', (ranks,))")
     if mesh.ndim != 1:
         raise ValueError(
-            f"mesh has {mesh.ndim} dimensions, {mesh.mesh_dim_names or 'without names'}; give the one over which members "
-            "are spread: mesh['NAME']"
+            f"mesh has {mesh.ndim} dimensions, {mesh.mesh_dim_names or 'without names'}; give the one over which "
+            "members are spread: mesh['NAME']"
         )
     if mesh.get_coordinate() is None:
-        raise ValueError(f"rank {dist.get_rank()} is not in mesh, which holds {mesh.mesh.tolist()}; only those call this")
+        raise ValueError(f"rank {dist.get_rank()} is not in mesh; the ranks {mesh.mesh.tolist()} call this, no others")
 
 
 def _members_of_ranks(members: int, size: int, ranks: int) -> list[tuple[int, int]]:
@@ -162,7 +162,7 @@ def _members_of_ranks(members: int, size: int, ranks: int) -> list[tuple[int, in
     share, more = divmod(-(-members // size), ranks)
     chunks = [rank * share + min(rank, more) for rank in range(ranks + 1)]
     firsts = [min(chunk * size, members) for chunk in chunks]
-    return list(zip(firsts[:-1], firsts[1:], strict=True))
+    return list(pairwise(firsts))
 
 
 # --- What ranks tell each other before they send anything ---
@@ -185,8 +185,8 @@ def _report(chunks: Sequence[Any], members: int, to: int | None, ranks: int) -> 
         "members": members,
         "to": to,
         "chunks": len(chunks),
-        "tree": _describe(chunks[0]) if chunks else None,
-        "leaves": {path: _describe(leaf)[1:] for path, leaf in flat[0][0].items()} if chunks else None,
+        "tree": describe(chunks[0]) if chunks else None,
+        "leaves": {path: describe(leaf)[1:] for path, leaf in flat[0][0].items()} if chunks else None,
     }
 
 
@@ -227,16 +227,16 @@ def _agreed(reports: list[Report]) -> tuple[int, Any]:
         held, due = reports[rank]["chunks"], -(-(stop - start) // size)
         if held != due:
             raise ValueError(
-                f"rank {rank} holds {held} chunks of {size}, but of {members} members {due} chunks are its own; hand over "
-                "every chunk that shard gave, and the number of members that were sharded"
+                f"rank {rank} holds {held} chunks of {size}, but of {members} members {due} chunks are its own; hand "
+                "over every chunk that shard gave, and the number of members that were sharded"
             )
-    missing = _unbuildable(first["tree"])
+    missing = unbuildable(first["tree"])
     receivers = range(len(reports)) if first["to"] is None else [first["to"]]
     empty = [rank for rank in receivers if rank not in holders]
     if missing and empty:
         raise ValueError(
-            f"rank {empty[0]} has no chunk and cannot build {missing}; use smaller chunks or fewer ranks, or gather dicts, "
-            "lists, tuples and BioStates"
+            f"rank {empty[0]} has no chunk and cannot build {missing}; use smaller chunks or fewer ranks, or gather "
+            "dicts, lists, tuples and BioStates"
         )
     return size, first["tree"]
 
@@ -246,72 +246,18 @@ def _check_leaves(report: Report, other: Report, here: str, there: str) -> None:
         found = [held["leaves"].get(path) for held in (report, other)]
         if found[0] != found[1]:
             left, right = ["nothing" if leaf is None else f"{leaf[0]} {tuple(leaf[1])} on {leaf[2]}" for leaf in found]
-            raise ValueError(f"leaf '{path}' is {left} on {here} and {right} on {there}; chunks of all ranks are alike")
+            raise ValueError(f"leaf '{path}' is {left} on {here} and {right} on {there}; all ranks have chunks alike")
     if report["tree"] != other["tree"]:
-        raise ValueError(f"chunks on {here} are trees of another structure than on {there}; chunks of all ranks are alike")
-
-
-# --- Trees as JSON ---
-
-MAPPINGS: dict[str, type[dict[Any, Any]]] = {"dict": dict, "OrderedDict": OrderedDict}
-SEQUENCES: dict[str, type[list[Any]] | type[tuple[Any, ...]]] = {"list": list, "tuple": tuple}
-
-
-def _describe(tree: Any) -> Any:
-    """A tree without its numbers: ["kind", …]."""
-    name = type(tree).__name__
-    if isinstance(tree, Tensor):
-        return ["tensor", str(tree.dtype).removeprefix("torch."), list(tree.shape), tree.device.type]
-    if tree is None:
-        return ["none"]
-    if isinstance(tree, BioState):
-        return ["state", {field: _describe(value) if field not in STATIC else value for field, value in vars(tree).items()}]
-    if MAPPINGS.get(name) is type(tree) and all([isinstance(key, (str, int)) for key in tree]):
-        return [name, [[key, _describe(value)] for key, value in tree.items()]]
-    if SEQUENCES.get(name) is type(tree):
-        return [name, [_describe(value) for value in tree]]
-    return ["other", f"{type(tree).__module__}.{type(tree).__qualname__}"]
-
-
-STATIC = ("fresh", "layout")
-
-
-def _build(description: Any) -> Any:
-    """A tree like the one described, of no members."""
-    kind, *rest = description
-    if kind == "tensor":
-        dtype, shape, device = rest
-        return torch.empty((0, *shape[1:]), dtype=getattr(torch, dtype), device=device)
-    if kind == "none":
-        return None
-    if kind == "state":
-        fields = {name: _build(value) if name not in STATIC else _tuples(value) for name, value in rest[0].items()}
-        return BioState(**fields)
-    if kind in MAPPINGS:
-        return MAPPINGS[kind]([(key, _build(value)) for key, value in rest[0]])
-    return SEQUENCES[kind]([_build(value) for value in rest[0]])
-
-
-def _tuples(value: Any) -> Any:
-    return tuple([_tuples(inner) for inner in value]) if isinstance(value, list) else value
-
-
-def _unbuildable(description: Any) -> str | None:
-    """The class in a described tree that JSON cannot say how to build."""
-    kind, *rest = description
-    if kind == "other":
-        return str(rest[0])
-    if kind == "state":
-        inner = [value for name, value in rest[0].items() if name not in STATIC]
-    else:
-        inner = [value[1] if kind in MAPPINGS else value for value in rest[0]] if kind in MAPPINGS | SEQUENCES else []
-    return next((found for value in inner if (found := _unbuildable(value)) is not None), None)
+        raise ValueError(f"chunks on {here} are trees of another structure than on {there}; all ranks have them alike")
 
 
 def _pieces(part: Tensor, device: str) -> Iterator[Tensor]:
-    """The bytes of a tensor piece by piece, where the process group can send them, and back again afterwards."""
-    flat = part.view(-1).view(torch.uint8) if part.numel() else part.new_empty(0, dtype=torch.uint8)
-    for piece in flat.split(PIECE) if len(flat) else ():
+    """The bytes of a tensor piece by piece, where the process group can move them, and back again afterwards."""
+    if not part.numel():
+        return
+    flat = part.view(-1).view(torch.uint8)
+    for start in range(0, len(flat), PIECE):
+        piece = flat[start : start + PIECE]
         if piece.device.type == device:
             yield piece
         else:
