@@ -32,7 +32,7 @@ BATCH = 64
 TEST_SHARE = 0.2
 REJUVENATION_PERIOD = 80
 EVALUATIONS = 30
-CHUNK = 16
+CHUNK = 8
 """Seeds that are trained together, each in all arms; the last chunk is filled up."""
 
 LEARNING_RATES = {"sgd": 0.1, "adam": 1e-3}
