@@ -417,6 +417,15 @@ def test_compare_that_is_ended_under_torchrun_ends_as_a_whole_and_writes_nothing
     assert '"/biofunc/' not in printed  # no traceback of ours
 
 
+def test_memory_stays_flat(tmp_path):
+    """400 steps of 100 members, in a process of its own; a state that stayed behind at each step would add 15 %."""
+    script, report = ROOT / "tests" / "benchmarks" / "memory_flat.py", tmp_path / "memory.json"
+    command = [sys.executable, str(script), "--quick", "--json", str(report)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=200)
+    assert json.loads(report.read_text())["growth"] <= 0.02
+
+
 def test_data_are_there():
     """The runs above read digits in processes that cannot say so if they are missing."""
     assert len(datasets.load("digits").labels) == 1797
