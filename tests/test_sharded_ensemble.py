@@ -418,11 +418,11 @@ def test_compare_that_is_ended_under_torchrun_ends_as_a_whole_and_writes_nothing
 
 
 def test_memory_stays_flat(tmp_path):
-    """400 steps of 100 members, in a process of its own; a state that stayed behind at each step would add 15 %."""
+    """400 steps of 100 members, in a process of its own; states that stayed behind would add 23 %."""
     script, report = ROOT / "tests" / "benchmarks" / "memory_flat.py", tmp_path / "memory.json"
     command = [sys.executable, str(script), "--quick", "--json", str(report)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=200)
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
     assert json.loads(report.read_text())["growth"] <= 0.02
 
 
