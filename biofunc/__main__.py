@@ -1,22 +1,33 @@
-"""The command line: `python -m biofunc compare`, `python -m biofunc experiment NAME`; also as `biofunc compare`."""
+"""The command line: `python -m biofunc compare`, `python -m biofunc experiment NAME`; also as `biofunc compare`.
+
+Started by torchrun, ranks share the work and rank 0 tells of it: `torchrun --nproc-per-node 2 -m biofunc compare`.
+"""
 
 import argparse
+import contextlib
+import datetime
 import json
 import math
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
+import torch.distributed as dist
 
 from biofunc import __version__
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from tqdm import tqdm
 
     from biofunc.compare import Config
+
+PATIENCE = datetime.timedelta(days=7)
+"""How long ranks wait for one that lives and works on; that one has died they hear at once, and torchrun ends them."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -45,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError) as error:
         parser.error(str(error).replace("\n", " "))
     except KeyboardInterrupt:
-        print("\nbiofunc: interrupted; nothing was written", file=sys.stderr)
+        if _rank() == 0:
+            print("\nbiofunc: interrupted; nothing was written", file=sys.stderr)
         return 130
 
 
@@ -99,13 +111,26 @@ def _experiment(options: argparse.Namespace) -> int:
         random.accelerate()
     jobs = experiment.jobs_of(study)
     try:
-        with _progress_bar(sum([job.steps for job in jobs])) as bar:
+        with _ranks("cpu") as mesh:
+            own = jobs if mesh is None else jobs[_rank() :: mesh.size()]
+            with _progress_bar(sum([job.steps for job in own])) as bar:
 
-            def advance(doing: str, steps: int) -> None:
-                bar.set_description(doing, refresh=steps == 0)
-                bar.update(steps)
+                def advance(doing: str, steps: int) -> None:
+                    bar.set_description(doing, refresh=steps == 0)
+                    bar.update(steps)
 
-            results, seconds = experiment.run(study, jobs, folder, advance, say=bar.write)
+                results, seconds = experiment.run(study, own, folder, advance, say=bar.write)
+            if mesh is not None:
+                dist.barrier()
+                if _rank() > 0:
+                    return 0
+                kept = experiment.done_in(study, jobs, folder)
+                if kept < len(jobs):
+                    raise ValueError(
+                        f"only {kept} of {len(jobs)} jobs are in '{folder}' on rank 0; give --out a folder that all "
+                        "machines share"
+                    )
+                results, seconds = experiment.run(study, jobs, folder, lambda doing, steps: None)
         meta = experiment.meta(seconds, _command(options))
         summary = {"study": study, "results": results, "analysis": report.analyse(study, results), "meta": meta}
         experiment.write(folder / "results.json", json.dumps(experiment.encode(summary), indent=1, allow_nan=False))
@@ -114,9 +139,10 @@ def _experiment(options: argparse.Namespace) -> int:
         for name, picture in report.pictures(summary).items():
             experiment.write(folder / name, picture)
     except KeyboardInterrupt:
-        kept = experiment.done_in(study, jobs, folder)
-        done = f"{kept} of {len(jobs)} jobs are kept in '{folder}'"
-        print(f"\nbiofunc: interrupted; {done}, and the same command goes on", file=sys.stderr)
+        if _rank() == 0:
+            kept = experiment.done_in(study, jobs, folder)
+            done = f"{kept} of {len(jobs)} jobs are kept in '{folder}'"
+            print(f"\nbiofunc: interrupted; {done}, and the same command goes on", file=sys.stderr)
         return 130
     except OSError as error:
         kept = experiment.done_in(study, jobs, folder)
@@ -143,16 +169,22 @@ def _compare(options: argparse.Namespace) -> int:
     default = f"{config.data}-{config.optimizer}-{config.seeds}x{config.steps}"
     folder = _writable(options.out or Path("runs") / default)
     groups = len({"weight_splitting" in compare.ARMS[arm] for arm in config.arms})
-    with _progress_bar(groups * config.steps) as bar:
+    with _ranks(torch.device(config.device).type) as mesh:
+        ranks = 1 if mesh is None else mesh.size()
+        with _progress_bar(groups * len(compare.chunks_of(config, mesh)) * config.steps) as bar:
 
-        def advance(doing: str, steps: int) -> None:
-            bar.set_description(doing, refresh=steps == 0)
-            bar.update(steps)
+            def advance(doing: str, steps: int) -> None:
+                bar.set_description(doing, refresh=steps == 0)
+                bar.update(steps)
 
-        comparison = compare.compare(config, data, advance)
-    print(f"arms: {len(config.arms)}, seeds: {config.seeds}, steps: {config.steps}, by {comparison.execution}\n")
+            comparison = compare.compare(config, data, advance, mesh)
+    if _rank() > 0:
+        return 0
+    shared = f", shared by {ranks} ranks" if ranks > 1 else ""
+    what = f"arms: {len(config.arms)}, seeds: {config.seeds}, steps: {config.steps}"
+    print(f"{what}, by {comparison.execution}{shared}\n")
     summary = report.summarise(comparison)
-    meta = report.meta(comparison, time.perf_counter() - started)
+    meta = report.meta(comparison, time.perf_counter() - started) | {"ranks": ranks}
     print(report.table(summary, meta["seconds_by_arm"]))
     print(f"\n{report.NOTE}")
     report.write(folder, summary, meta, comparison)
@@ -160,10 +192,35 @@ def _compare(options: argparse.Namespace) -> int:
     return 0
 
 
+def _rank() -> int:
+    """This process's rank under torchrun, else 0."""
+    return int(os.environ["RANK"]) if dist.is_available() and dist.is_torchelastic_launched() else 0
+
+
+@contextlib.contextmanager
+def _ranks(device: str) -> "Iterator[DeviceMesh | None]":
+    """The ranks among which torchrun shares the work; None without torchrun."""
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
+        yield None
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if device == "cuda":
+        local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= count:
+            raise ValueError(f"argument --device: {count} GPUs are here; give torchrun --nproc-per-node {count}")
+        torch.cuda.set_device(local)
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
+    try:
+        yield init_device_mesh(device, (dist.get_world_size(),))
+    finally:
+        dist.destroy_process_group()
+
+
 def _progress_bar(total: int) -> "tqdm":
     from tqdm import tqdm
 
-    return tqdm(total=total, unit="step")
+    return tqdm(total=total, unit="step", disable=_rank() > 0)
 
 
 def _config(options: argparse.Namespace) -> "Config":
@@ -206,7 +263,7 @@ def _writable(folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".biofunc"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another rank may have been faster
     except OSError as error:
         raise ValueError(f"argument --out: cannot write to '{folder}' ({error.strerror})") from None
     return folder

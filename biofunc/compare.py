@@ -3,7 +3,8 @@
 Every arm is the same chain with other hyperparameters: a mechanism that an arm does not have is at its off setting. So
 all arms and all seeds are one member axis, and one compilation serves them; weight splitting changes the forward pass
 and has its own. Arms are paired: a seed fixes the initial weights, the split into training and test data, the order of
-the batches and the noise, and is used by every arm.
+the batches and the noise, and is used by every arm. Seeds are trained chunk by chunk, so that ranks can share them and
+give the numbers of one process.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +23,18 @@ from torch.func import functional_call, grad
 import biofunc as bf
 from biofunc.datasets import Dataset
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 HIDDEN = 128
 CLASSES = 10
 BATCH = 64
 TEST_SHARE = 0.2
 REJUVENATION_PERIOD = 80
 EVALUATIONS = 30
+CHUNK = 8
+"""Seeds that are trained together, each in all arms; the last chunk is filled up."""
+
 LEARNING_RATES = {"sgd": 0.1, "adam": 1e-3}
 
 OFF = {
@@ -86,26 +93,52 @@ class Comparison:
 Advance = Callable[[str, int], None]
 
 
-def compare(config: Config, data: Dataset, advance: Advance = lambda doing, steps: None) -> Comparison:
+def compare(
+    config: Config,
+    data: Dataset,
+    advance: Advance = lambda doing, steps: None,
+    mesh: "DeviceMesh | None" = None,
+) -> Comparison:
     """Trains every arm with every seed.
 
     Args:
         config: what to compare.
         data: from `biofunc.datasets.load`.
         advance: called with what is being done and the ensemble steps just finished, for a progress bar.
+        mesh: ranks that share the seeds; default: this process trains them all. The numbers are the same.
 
     Returns:
-        The results.
+        The results, on every rank.
     """
     evaluated = sorted({round(config.steps * i / EVALUATIONS) for i in range(EVALUATIONS + 1)})
+    chunks = chunks_of(config, mesh)
     results: dict[str, ArmResult] = {}
     compiled = compiler_works(config.device)
+    if mesh is not None:  # compiled and plain steps round differently: all ranks take the same
+        everywhere = torch.tensor(compiled, dtype=torch.int64, device=mesh.device_type)
+        torch.distributed.all_reduce(everywhere, torch.distributed.ReduceOp.MIN, group=mesh.get_group())
+        compiled = bool(everywhere)
     for split in (False, True):
         arms = [arm for arm in config.arms if ("weight_splitting" in ARMS[arm]) == split]
         if arms:
-            results |= _train_group(config, data, arms, split, compiled, evaluated, advance)
+            start = time.perf_counter()
+            train = _trainer(config, data, arms, split, compiled, evaluated, advance)
+            trained = [train(chunk) for chunk in chunks]
+            if mesh is None:
+                accuracy, rates = bf.ensemble.join(trained, config.seeds)
+            else:
+                accuracy, rates = bf.ensemble.gather(trained, config.seeds, mesh)
+            seconds = (time.perf_counter() - start) / len(arms)
+            for i, arm in enumerate(arms):
+                results[arm] = ArmResult(accuracy[:, i].T.cpu(), rates[:, i].cpu(), seconds)
     execution = "compile(vmap(step))" if compiled else "plain vmap(step): no working compiler was found"
     return Comparison(config, evaluated, {arm: results[arm] for arm in config.arms}, execution)
+
+
+def chunks_of(config: Config, mesh: "DeviceMesh | None" = None) -> list[Tensor]:
+    """The seeds that this process trains, in chunks of one size whatever the number of ranks."""
+    seeds, size = torch.arange(config.seeds), min(CHUNK, config.seeds)
+    return bf.ensemble.split(seeds, size) if mesh is None else bf.ensemble.shard(seeds, size, mesh)
 
 
 def compiler_works(device: str) -> bool:
@@ -136,7 +169,7 @@ def make_chain(optimizer: str, lr: float, nu: float | Tensor = 0.16) -> bf.Chain
     )
 
 
-def _train_group(
+def _trainer(
     config: Config,
     data: Dataset,
     arms: Sequence[str],
@@ -144,22 +177,18 @@ def _train_group(
     compiled: bool,
     evaluated: Sequence[int],
     advance: Advance,
-) -> dict[str, ArmResult]:
-    """Trains arms that share a forward pass; members lie arm by arm, seed by seed."""
+) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """A function that trains arms which share a forward pass, with the seeds that it is given.
+
+    It returns test accuracy `(seeds, arms, evaluations)` and final rates `(seeds, arms, synapses)`. Its step is
+    compiled at the first chunk and serves all others.
+    """
     inputs, labels = data.inputs.to(config.device), data.labels.to(config.device)
-    features, seeds = inputs.shape[1], range(config.seeds)
+    features = inputs.shape[1]
     with torch.device("meta"):  # the forward pass alone; members bring the parameters
         model = make_model(features)
     if split:
         model = bf.split_synapses(model)
-    params, _ = bf.ensemble.init(lambda: make_model(features), seeds)
-    params = {name: _per_arm(p.to(config.device), len(arms)) for name, p in params.items()}
-    keys = bf.random.key(torch.arange(config.seeds), device=config.device)
-    hyper = _hyperparameters(arms, config)
-    nu = hyper.pop("nu")
-    state = torch.vmap(lambda p, k, nu: make_chain(config.optimizer, config.lr, nu).init(p, k))(
-        params, _per_arm(keys, len(arms)), nu
-    )
     learn = make_chain(config.optimizer, config.lr)
 
     def loss(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
@@ -173,32 +202,40 @@ def _train_group(
     ensemble_step = torch.vmap(step)
     if compiled:
         ensemble_step = torch.compile(ensemble_step, fullgraph=True)
-    train, test = _splits(keys, len(labels))
-    x_test, y_test = inputs[test], labels[test]
     group = "split networks" if split else "plain networks"
     advance(f"{group}: compiling" if compiled else group, 0)
-    accuracy = []
-    start = time.perf_counter()
-    for number, batch in enumerate(_batches(keys, train, config.steps)):
-        if number in evaluated:
-            accuracy.append(_accuracy(model, params, x_test, y_test, len(arms)))
-        members = _per_arm(batch, len(arms))
-        params, state = ensemble_step(params, state, hyper, inputs[members], labels[members])
-        advance(group, 1)
-    accuracy.append(_accuracy(model, params, x_test, y_test, len(arms)))
-    seconds = (time.perf_counter() - start) / len(arms)
-    rates = torch.cat([rate.reshape(len(arms), config.seeds, -1) for rate in state.plasticity.values()], -1)
-    curves = torch.stack(accuracy, 1)
-    return {arm: ArmResult(curves[i].cpu(), rates[i].cpu(), seconds) for i, arm in enumerate(arms)}
+
+    def train(seeds: Tensor) -> tuple[Tensor, Tensor]:
+        """Members lie arm by arm, seed by seed."""
+        params, _ = bf.ensemble.init(lambda: make_model(features), seeds.tolist())
+        params = {name: _per_arm(p.to(config.device), len(arms)) for name, p in params.items()}
+        keys = bf.random.key(seeds, device=config.device)
+        hyper = _hyperparameters(arms, len(seeds), config.device)
+        nu = hyper.pop("nu")
+        state = torch.vmap(lambda p, k, nu: make_chain(config.optimizer, config.lr, nu).init(p, k))(
+            params, _per_arm(keys, len(arms)), nu
+        )
+        train, test = _splits(keys, len(labels))
+        x_test, y_test = inputs[test], labels[test]
+        accuracy = []
+        for number, batch in enumerate(_batches(keys, train, config.steps)):
+            if number in evaluated:
+                accuracy.append(_accuracy(model, params, x_test, y_test, len(arms)))
+            members = _per_arm(batch, len(arms))
+            params, state = ensemble_step(params, state, hyper, inputs[members], labels[members])
+            advance(group, 1)
+        accuracy.append(_accuracy(model, params, x_test, y_test, len(arms)))
+        rates = torch.cat([rate.reshape(len(arms), len(seeds), -1) for rate in state.plasticity.values()], -1)
+        return torch.stack(accuracy).permute(2, 1, 0), rates.transpose(0, 1)
+
+    return train
 
 
-def _hyperparameters(arms: Sequence[str], config: Config) -> dict[str, Tensor]:
+def _hyperparameters(arms: Sequence[str], seeds: int, device: str) -> dict[str, Tensor]:
     """One value per member, arm by arm."""
     settings = [{**OFF, **{k: v for name in ARMS[arm] for k, v in MECHANISMS[name].items()}} for arm in arms]
     return {
-        name: torch.tensor([setting[name] for setting in settings], device=config.device).repeat_interleave(
-            config.seeds
-        )
+        name: torch.tensor([setting[name] for setting in settings], device=device).repeat_interleave(seeds)
         for name in OFF
     }
 

@@ -1,7 +1,8 @@
 """Ensembles: many members as one tree with a leading member axis, for `vmap`.
 
 On the CPU a large ensemble runs better in chunks: `split` it, run every chunk through the same compiled step, `join` it
-again. The tensors of one chunk stay in the processor's cache, and only one chunk at a time is held twice.
+again. The tensors of one chunk stay in the processor's cache, and only one chunk at a time is held twice. `shard` and
+`gather` do the same over many processes or machines.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from biofunc import trees
+from biofunc.sharded_ensemble import gather, shard
 from biofunc.trees import Leaves
 
-__all__ = ["init", "join", "split", "stack", "unstack"]
+__all__ = ["gather", "init", "join", "shard", "split", "stack", "unstack"]
 
 T = TypeVar("T")
 
@@ -81,7 +83,7 @@ def stack(members: Sequence[T]) -> T:
     if not members:
         raise ValueError("members is empty; stack takes at least one tree")
     flat = [trees.flatten(member) for member in members]
-    _check_alike(flat, "member")
+    check_alike(flat, "member")
     first, structure = flat[0]
     stacked: T = trees.unflatten(structure, {path: torch.stack([leaves[path] for leaves, _ in flat]) for path in first})
     return stacked
@@ -100,9 +102,8 @@ def unstack(tree: T) -> list[T]:
         ValueError: leaves without a common leading axis.
     """
     flat, structure = trees.flatten(tree)
-    return [
-        trees.unflatten(structure, {path: leaf[i].clone() for path, leaf in flat.items()}) for i in range(_count(flat))
-    ]
+    members = count_members(flat)
+    return [trees.unflatten(structure, {path: leaf[i].clone() for path, leaf in flat.items()}) for i in range(members)]
 
 
 def split(tree: T, size: int) -> list[T]:
@@ -133,9 +134,9 @@ def split(tree: T, size: int) -> list[T]:
         TypeError: size is not an integer.
         ValueError: size below 1, no members, or leaves without a common leading axis.
     """
-    _check_whole("size", size)
+    check_whole("size", size)
     flat, structure = trees.flatten(tree)
-    members = _count(flat)
+    members = count_members(flat)
     if not members:
         raise ValueError("tree has no members; split takes at least one")
     chunks: list[T] = []
@@ -162,12 +163,12 @@ def join(chunks: Sequence[T], members: int) -> T:
         ValueError: no chunks, trees or shapes that differ, leaves without a common leading axis, or members that the
             chunks cannot hold, or of which none lies in the last chunk.
     """
-    _check_whole("members", members)
+    check_whole("members", members)
     if not chunks:
         raise ValueError("chunks is empty; join takes at least one tree")
     flat = [trees.flatten(chunk) for chunk in chunks]
-    size, *_ = [_count(leaves) for leaves, _ in flat]
-    _check_alike(flat, "chunk")
+    size, *_ = [count_members(leaves) for leaves, _ in flat]
+    check_alike(flat, "chunk")
     fewest, most = size * (len(chunks) - 1) + 1, size * len(chunks)
     if not fewest <= members <= most:
         raise ValueError(
@@ -184,7 +185,8 @@ def join(chunks: Sequence[T], members: int) -> T:
     return joined
 
 
-def _check_alike(flat: Sequence[tuple[Leaves, Any]], word: str) -> None:
+def check_alike(flat: Sequence[tuple[Leaves, Any]], word: str) -> None:
+    """Raises an error that names the first tree, leaf or dtype unlike the first one's."""
     first, structure = flat[0]
     for index, (leaves, other) in enumerate(flat):
         if other != structure:
@@ -198,7 +200,8 @@ def _check_alike(flat: Sequence[tuple[Leaves, Any]], word: str) -> None:
                 raise TypeError(f"leaf '{path}' has dtype {dtypes}; all {word}s of an ensemble have the same dtypes")
 
 
-def _count(flat: Leaves) -> int:
+def count_members(flat: Leaves) -> int:
+    """The common length of the leading axes."""
     sizes = {path: leaf.shape[0] if isinstance(leaf, Tensor) and leaf.dim() else None for path, leaf in flat.items()}
     first = next(iter(sizes.values()), 0)
     for path, size in sizes.items():
@@ -210,7 +213,8 @@ def _count(flat: Leaves) -> int:
     return first or 0
 
 
-def _check_whole(name: str, value: int) -> None:
+def check_whole(name: str, value: int) -> None:
+    """Raises an error unless the value is a number of members."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} is {value!r}; give a number of members, an integer of at least 1")
     if value < 1:

@@ -16,7 +16,14 @@ def blocks():
     return re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
 
-def test_every_example_runs(blocks):
+@pytest.fixture
+def one_rank(monkeypatch):
+    """What torchrun tells a process that is alone."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_every_example_runs(blocks, one_rank):
     namespace, steps = {}, []
     with torch.random.fork_rng():
         for block in blocks:
@@ -25,6 +32,7 @@ def test_every_example_runs(blocks):
             steps.append((namespace["state"].step.tolist(), attached))
     assert steps[1:5] == [([3] * 100, None), ([3] * 100, 3), ([3] * 100, 1), (1, 1)]
     assert namespace["y_hat"].shape == (8, 64, 10)
+    assert ([3] * 10, 1) in steps  # of the sharded ensemble
     state = namespace["learn"].init({"w": torch.ones(2, 2)}, bf.random.key(0))
     params, _, state = namespace["learn"]({"w": torch.ones(2, 2)}, {"w": torch.ones(2, 2)}, state)
     assert params["w"].shape == (2, 2)

@@ -104,13 +104,13 @@ def peak(members: int, chunk: int, mechanisms: bool, threads: int, steps: int = 
     run()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     pathlib.Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    before = status("VmRSS")
     for _ in range(steps):
         run()
-    return Peak(members, chunk, mechanisms, params, state, _status("VmHWM") - before + params + state)
+    return Peak(members, chunk, mechanisms, params, state, status("VmHWM") - before + params + state)
 
 
-def _status(entry: str) -> int:
+def status(entry: str) -> int:
     found = re.search(rf"{entry}:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text())
     if found is None:
         raise RuntimeError(f"/proc/self/status has no {entry}; memory is measured on Linux only")
