@@ -15,8 +15,8 @@ from torch import Tensor
 
 from biofunc import checkpoint_file
 from biofunc.chain import Chain
-from biofunc.checkpoint_layout import DEEPEST, Description, Saved, describe, parse
-from biofunc.checkpoint_like import ABSENT, fit
+from biofunc.checkpoint_layout import DEEPEST, Description, Saved, describe, is_sharded, parse
+from biofunc.checkpoint_like import ABSENT, fit, placed
 from biofunc.rule import as_rule
 from biofunc.trees import Leaves, Tree
 
@@ -33,11 +33,15 @@ def save(path: str | os.PathLike[str], tree: Tree, rules: Chain | Sequence[Any] 
     renamed. A process that is killed meanwhile leaves the last checkpoint as it was, and that file, which the next save
     to the path removes. One process at a time may save to a path: of data-parallel ones, let one save.
 
-    What comes back are plain contiguous tensors: whether a gradient is required, whether memory was shared, and
-    attributes of containers (the versions in the `state_dict` of a module) are not kept.
+    A tree with DTensors is saved by all processes together into a folder, each writing its part, and can be loaded by
+    any number of them, each reading its part.
+
+    What comes back are plain contiguous tensors, or DTensors placed like those of `like`: whether a gradient is
+    required, whether memory was shared, and attributes of containers (the versions in the `state_dict` of a module) are
+    not kept.
 
     Args:
-        path: the file.
+        path: the file, or the folder of a tree with DTensors.
         tree: any nesting of dicts with string or integer keys, lists, tuples and BioStates, of ensembles too, that
             holds tensors, numbers, strings and None: `{"params": params, "state": state, "epoch": 3}`, or what
             `state_dict` gives. NamedTuples and nodes registered with optree are saved too; to load them takes `like`.
@@ -46,13 +50,18 @@ def save(path: str | os.PathLike[str], tree: Tree, rules: Chain | Sequence[Any] 
 
     Raises:
         TypeError, ValueError: something in the tree cannot be saved; nothing was written then.
-        OSError: the file could not be written; what was there before is as it was.
+        OSError: it could not be written; what was there before is as it was.
         ModuleNotFoundError: safetensors is not installed.
     """
     checkpoint_file.safetensors()
     tensors: Leaves = {}
     described = {"tree": describe(tree, "", tensors), "rules": _describe_rules(rules, tensors)}
-    checkpoint_file.write(os.fspath(path), tensors, _metadata(described))
+    if any([is_sharded(tensor) for tensor in tensors.values()]):
+        from biofunc import checkpoint_sharded
+
+        checkpoint_sharded.write(os.fspath(path), tensors, _metadata(described))
+    else:
+        checkpoint_file.write(os.fspath(path), tensors, _metadata(described))
 
 
 def load(
@@ -64,12 +73,12 @@ def load(
     """Reads what `save` wrote; nothing in the file is executed.
 
     Args:
-        path: the file.
+        path: the file or folder.
         like: a tree of the same structure, shapes and dtypes, such as the one that the run starts with; the tensors
-            come to its devices, and the keys of dicts into its order. Its values are not used.
+            come to its devices and placements, and the keys of dicts into its order. Its values are not used.
         rules: the chain or the rules with which the run goes on: they must be those that were saved, in name, order,
             period, selection and bound hyperparameters.
-        device: where the tensors come to; default: to the devices of `like`, else to the CPU.
+        device: where plain tensors come to; default: to the devices of `like`, else to the CPU.
 
     Returns:
         The tree.
@@ -82,25 +91,34 @@ def load(
     """
     checkpoint_file.safetensors()
     path = os.fspath(path)
-    data = checkpoint_file.read(path)
+    spread = os.path.isdir(path)  # a tree with DTensors
+    data = checkpoint_file.read(os.path.join(path, "index.safetensors") if spread else path)
     try:
         metadata = checkpoint_file.metadata_of(data)
         check_version(metadata)
     except ValueError as error:
         raise ValueError(f"'{path}' is no checkpoint that can be loaded: {error}") from None
     try:
-        tree, saved_rules = parsed(metadata, checkpoint_file.tensors_of(data))
+        tensors = checkpoint_file.tensors_of(data)
+        if spread:
+            from biofunc import checkpoint_sharded
+
+            tensors = checkpoint_sharded.shapes(path, metadata)
+        tree, saved_rules = parsed(metadata, tensors)
     except ValueError as error:
         raise ValueError(f"'{path}' is damaged: {error}; go back to a checkpoint that is whole") from None
     if rules is not None:
         check_rules(saved_rules, rules)
+    targets: Leaves = {}
 
     def place(path: str, saved: Saved, leaf: Any) -> Tensor:
-        if device is not None:
-            return saved.tensor.to(device)
-        return saved.tensor if leaf is ABSENT else saved.tensor.to(leaf.device)
+        targets[saved.name] = placed(saved.tensor, leaf, device, path)
+        return targets[saved.name]
 
-    return fit(tree, ABSENT if like is None else like, place)
+    loaded = fit(tree, ABSENT if like is None else like, place)
+    if spread:
+        checkpoint_sharded.fill(path, metadata, targets)
+    return loaded
 
 
 def _metadata(described: dict[str, Description]) -> dict[str, str]:

@@ -36,6 +36,7 @@ DTYPES = {
     torch.uint16: "U16",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.complex64: "C64",
 }
 """Dtypes that safetensors keeps bit for bit, with its names for them."""
 
@@ -99,8 +100,8 @@ def describe(tree: Tree, path: str, tensors: Leaves, *, references: bool = False
         name = _unique(path, tensors)
         tensors[name] = tree
         return {"tensor": name, "dtype": DTYPES[tree.dtype], "shape": list(tree.shape)}
-    if kind is int and tree.bit_length() > LONGEST_INTEGER:
-        raise ValueError(f"{at(path)} is an integer of {tree.bit_length()} bits, more than {LONGEST_INTEGER}")
+    if kind is int:
+        _check_size(tree, path)
     if tree is None or kind in (bool, int, str):
         return tree
     if kind is float:
@@ -108,7 +109,9 @@ def describe(tree: Tree, path: str, tensors: Leaves, *, references: bool = False
         return tree if finite else {"float": struct.pack(">d", tree).hex()}
     if kind in (dict, OrderedDict):
         for key in tree:
-            if type(key) not in (str, int):
+            if type(key) is int:
+                _check_size(key, path)
+            elif type(key) is not str:
                 raise TypeError(f"{at(path)} has the key {key!r}; keys of a checkpoint are strings and integers")
         return {kind.__name__: [[key, inner(key, child)] for key, child in tree.items()]}
     if kind in (list, tuple):
@@ -236,6 +239,12 @@ def _static(static: Any, path: str) -> tuple[Fresh, Layout]:
             if all(good):
                 return fresh, layout
     raise ValueError(f"{at(path)} is a BioState without what belongs to it")
+
+
+def _check_size(number: int, path: str) -> None:
+    """Python writes and reads integers of some thousand digits only."""
+    if number.bit_length() > LONGEST_INTEGER:
+        raise ValueError(f"{at(path)} holds an integer of {number.bit_length()} bits, more than {LONGEST_INTEGER}")
 
 
 def _unique(path: str, taken: Leaves) -> str:

@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from biofunc import trees
-from biofunc.checkpoint_layout import Foreign, Saved, at, joined
+from biofunc.checkpoint_layout import Foreign, Saved, at, is_sharded, joined
 from biofunc.state import DATA, BioState
 
 ABSENT: Any = object()
@@ -59,6 +60,32 @@ def fit(tree: Any, like: Any, place: Place, path: str = "") -> Any:
 def mismatch(path: str, saved: str, given: str) -> ValueError:
     """The error that names a place and what stands there in the checkpoint and in like."""
     return ValueError(f"{at(path)} is {saved} in the checkpoint and {given} in like; {REMEDY}")
+
+
+def placed(saved: Tensor, like: Any, device: torch.device | str | None, path: str) -> Tensor:
+    """A tensor of a checkpoint where the run wants it.
+
+    Args:
+        saved: its values, or their shape and dtype on the meta device: the result is then yet to be filled.
+        like: the leaf in whose place it comes, or ABSENT.
+        device: the device of plain tensors; default: that of like, else the CPU.
+        path: where it stands.
+
+    Returns:
+        The tensor.
+
+    Raises:
+        ValueError: there is no device that holds values.
+        TypeError: DTensors of such placements cannot be filled.
+    """
+    if is_sharded(like):
+        from biofunc import checkpoint_sharded
+
+        return checkpoint_sharded.distributed(saved, like, path)
+    target = torch.device(device if device is not None else "cpu" if like is ABSENT else like.device)
+    if target.type == "meta":
+        raise ValueError(f"{at(path)} is on the meta device in like; say where it comes to: bf.load(…, device='cpu')")
+    return torch.empty(saved.shape, dtype=saved.dtype, device=target) if saved.is_meta else saved.to(target)
 
 
 def _fit_state(tree: BioState, like: Any, place: Place, path: str) -> BioState:
