@@ -148,15 +148,25 @@ def parsed(metadata: dict[str, str], tensors: Leaves) -> tuple[Any, Any]:
     parts = []
     for name in ("tree", "rules"):
         try:
-            layout = json.loads(metadata.get(name, ""))
+            layout = json.loads(metadata.get(name, ""), parse_constant=_refuse)
             parts.append(parse(layout, tensors, "" if name == "tree" else name, used, references=name == "rules"))
         except RecursionError:
             raise ValueError(f"its {name} is nested deeper than {DEEPEST}") from None
         except ValueError as error:
             raise ValueError(f"its {name} is damaged, {error}") from None
-    for name in tensors.keys() - used:
+    for name in sorted(tensors.keys() - used):
         raise ValueError(f"the tree has no place for its tensor '{name}'")
-    return parts[0], parts[1]
+    tree, rules = parts
+    for rule in [] if rules is None else rules if isinstance(rules, list) else [rules]:
+        match rule:
+            case {"name": str(), "around": list(around), "bound": dict()} if all([type(w) is str for w in around]):
+                continue
+        raise ValueError("its rules are damaged")
+    return tree, rules
+
+
+def _refuse(token: str) -> None:
+    raise ValueError(f"{token} is no JSON")
 
 
 def _describe_rules(rules: Chain | Sequence[Any] | None, tensors: Leaves) -> Description:

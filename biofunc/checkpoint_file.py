@@ -82,8 +82,12 @@ def write(path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
 
 def check_folder(folder: str) -> None:
     """Refuses a folder that is not there."""
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(errno.ENOENT, "cannot save, there is no such folder; make it first", folder)
+    try:
+        mode = os.stat(folder).st_mode
+    except OSError as error:
+        raise OSError(error.errno, f"cannot save ({error.strerror}); make the folder first", folder) from None
+    if not stat.S_ISDIR(mode):
+        raise NotADirectoryError(errno.ENOTDIR, "cannot save, this is no folder; give another path", folder)
 
 
 @contextlib.contextmanager

@@ -81,7 +81,8 @@ def main(kills):
         expected = train(pathlib.Path(folder) / "run", save=False)
         os.waitpid(fork(pathlib.Path(folder) / "run"), 0)
         duration = time.perf_counter() - began
-    counts = dict.fromkeys(("kills", "same", "during a save", "before the first save", "temporaries left in the end"), 0)
+    names = ("kills", "same", "during a save", "before the first save", "temporaries left in the end")
+    counts = dict.fromkeys(names, 0)
     while counts["kills"] < kills:
         with tempfile.TemporaryDirectory() as folder:
             path = pathlib.Path(folder) / "run"
