@@ -41,7 +41,9 @@ def only(folder, *names):
 def assert_found(path, data):
     """A damaged file is refused, with its path and a remedy."""
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"is damaged: .*go back to a checkpoint|is no checkpoint that can be loaded") as told:
+    with pytest.raises(
+        ValueError, match=r"is damaged: .*go back to a checkpoint|is no checkpoint that can be loaded"
+    ) as told:
         bf.load(path)
     assert str(path) in str(told.value)
 
@@ -116,27 +118,59 @@ W = {"tensor": "w", "dtype": "F32", "shape": [2]}
 DEEP = "[" * 100_000 + "]" * 100_000
 NESTED = '{"list":[' * 5000 + "1" + "]}" * 5000
 FORGED = {
-    "a newer format": ({"format_version": "2"}, {}, "its format version is 2, this biofunc reads version 1; .* biofunc 0"),
+    "a newer format": (
+        {"format_version": "2"},
+        {},
+        "its format version is 2, this biofunc reads version 1; .* biofunc 0",
+    ),
     "another format": ({"format": "pt"}, {}, "its format is 'pt', not 'biofunc.checkpoint'"),
     "no tree": ({"tree": ""}, {}, "its tree is damaged"),
     "a bomb of brackets": ({"tree": DEEP}, {}, "its tree is nested deeper than 100"),
     "a bomb of lists": ({"tree": NESTED}, {}, "its tree is nested deeper than 100"),
     "rules that are a bomb": ({"rules": DEEP}, {}, "its rules is nested deeper than 100"),
-    "a missing tensor": ({"tree": json.dumps({"list": [W, {**W, "tensor": "v"}]})}, {}, "'1' is a tensor 'v', which is missing"),
+    "a missing tensor": (
+        {"tree": json.dumps({"list": [W, {**W, "tensor": "v"}]})},
+        {},
+        "'1' is a tensor 'v', which is missing",
+    ),
     "a tensor twice": ({"tree": json.dumps({"list": [W, W]})}, {}, "'1' is a tensor 'w', which is missing or taken"),
     "a tensor nobody names": ({"tree": "3"}, {}, "the tree has no place for its tensor 'w'"),
-    "another dtype": ({"tree": json.dumps({**W, "dtype": "I32"})}, {}, r"the tree should be I32 \[2\], its tensor is F32"),
-    "another shape": ({"tree": json.dumps({**W, "shape": [1, 2]})}, {}, r"should be F32 \[1, 2\], its tensor is F32 \[2\]"),
+    "another dtype": (
+        {"tree": json.dumps({**W, "dtype": "I32"})},
+        {},
+        r"the tree should be I32 \[2\], its tensor is F32",
+    ),
+    "another shape": (
+        {"tree": json.dumps({**W, "shape": [1, 2]})},
+        {},
+        r"should be F32 \[1, 2\], its tensor is F32 \[2\]",
+    ),
     "an unknown node": ({"tree": '{"set": [1]}'}, {}, r"the tree is {'set': \[1\]}, which bf.save does not write"),
     "a bare list": ({"tree": "[1, 2]"}, {}, r"the tree is \[1, 2\], which bf.save does not write"),
-    "a function": ({"tree": json.dumps({"list": [W, {"reference": "os.system"}]})}, {}, "'1' is {'reference': 'os.system'}"),
+    "a function": (
+        {"tree": json.dumps({"list": [W, {"reference": "os.system"}]})},
+        {},
+        "'1' is {'reference': 'os.system'}",
+    ),
     "a key twice": ({"tree": '{"dict": [["a", 1], ["a", 2]]}'}, {}, "the tree has a key twice"),
     "a key of another kind": ({"tree": '{"dict": [[null, 1]]}'}, {}, "the tree has an entry without key and value"),
     "an empty state": ({"tree": '{"BioState": {}, "static": null}'}, {}, "which bf.save does not write"),
     "infinity as JSON": ({"tree": '{"list": [Infinity]}'}, {}, "Infinity is no JSON"),
-    "a huge tensor": ({}, {"w": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}, "safetensors refuses it"),
-    "an overflow": ({}, {"w": {"dtype": "F32", "shape": [2**33, 2**33], "data_offsets": [0, 8]}}, "safetensors refuses it"),
-    "offsets out of range": ({}, {"w": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}, "safetensors refuses it"),
+    "a huge tensor": (
+        {},
+        {"w": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}},
+        "safetensors refuses it",
+    ),
+    "an overflow": (
+        {},
+        {"w": {"dtype": "F32", "shape": [2**33, 2**33], "data_offsets": [0, 8]}},
+        "safetensors refuses it",
+    ),
+    "offsets out of range": (
+        {},
+        {"w": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}},
+        "safetensors refuses it",
+    ),
     "an unknown dtype": ({}, {"w": {"dtype": "X9", "shape": [2], "data_offsets": [0, 8]}}, "safetensors refuses it"),
 }
 
@@ -179,7 +213,9 @@ def test_2000_forged_layouts_raise_nothing_but_value_errors(tmp_path):
         name = chance.choice(["tree", "rules"])
         text = told[name]
         at, other = chance.randrange(len(text)), chance.randrange(len(text))
-        snippet = chance.choice(["null", "[]", "{}", '"', "1e999", "-1", text[other : other + 20], "", "]", '{"list":['])
+        snippet = chance.choice(
+            ["null", "[]", "{}", '"', "1e999", "-1", text[other : other + 20], "", "]", '{"list":[']
+        )
         new = text[:at] + snippet + text[at + chance.randint(0, 20) :]
         (tmp_path / "forged").write_bytes(forged(data, {name: new}))
         try:
@@ -204,7 +240,10 @@ def test_foreign_files_are_refused(tmp_path):
         "image": (b"\x89PNG\r\n\x1a\n" + bytes(1000), "it is cut short, or no safetensors file"),
         "text": (b"epoch = 3\n" * 50, "it is cut short, or no safetensors file"),
         "zeros": (bytes(5000), "its header is damaged, or it is no safetensors file"),
-        "bomb": (len(DEEP).to_bytes(8, "little") + DEEP.encode(), "its header is damaged, or it is no safetensors file"),
+        "bomb": (
+            len(DEEP).to_bytes(8, "little") + DEEP.encode(),
+            "its header is damaged, or it is no safetensors file",
+        ),
         "huge": ((2**63).to_bytes(8, "little") + bytes(64), "it is cut short, or no safetensors file"),
     }
     for name, (data, message) in foreign.items():
@@ -221,7 +260,7 @@ def test_nothing_in_a_file_is_executed(tmp_path):
             return (open, (str(tmp_path / "sprung"), "w"))
 
     torch.save(Trap(), tmp_path / "trap")
-    with pytest.raises(ValueError, match="torch.save"):
+    with pytest.raises(ValueError, match=r"torch.save"):
         bf.load(tmp_path / "trap")
     assert not (tmp_path / "sprung").exists()
 
@@ -235,7 +274,7 @@ def test_paths_that_cannot_be_read(tmp_path):
     for name, kind in (("missing", FileNotFoundError), ("pipe", OSError), ("folder", FileNotFoundError)):
         with pytest.raises(kind, match=name):
             bf.load(tmp_path / name)
-    with pytest.raises(OSError, match="this is not a regular file"):
+    with pytest.raises(OSError, match=r"this is not a regular file"):
         bf.load("/dev/zero")
 
 
@@ -267,7 +306,9 @@ def test_a_folder_that_may_not_be_written(tmp_path):
         try:
             if user == 0:
                 os.seteuid(65534)
-            with pytest.raises(PermissionError, match="cannot save .Permission denied.; what was there before is as it was"):
+            with pytest.raises(
+                PermissionError, match=r"cannot save .Permission denied.; what was there before is as it was"
+            ):
                 bf.save(path, {"epoch": 2})
             assert bf.load(path) == {"epoch": 1}
         finally:
@@ -294,7 +335,9 @@ def test_a_file_that_may_not_grow_leaves_the_last_one(tmp_path):
     for size in (0, 1, 4096, 100_000):
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
         try:
-            with pytest.raises(OSError, match="cannot save .File too large.; what was there before is as it was") as told:
+            with pytest.raises(
+                OSError, match=r"cannot save .File too large.; what was there before is as it was"
+            ) as told:
                 bf.save(tmp_path / "run", {"big": torch.ones(100_000)})
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -361,7 +404,12 @@ def test_a_save_removes_what_dead_processes_left_and_nothing_else(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait(timeout=60)
     left = [f".run.{dead.pid}-0123abcd.tmp", f".run.{os.getpid()}-0123abcd.tmp"]
-    others = [f".run.{os.getppid()}-0123abcd.tmp", f".run2.{dead.pid}-0123abcd.tmp", ".run.tmp", f".run.{dead.pid}-x.tmp"]
+    others = [
+        f".run.{os.getppid()}-0123abcd.tmp",
+        f".run2.{dead.pid}-0123abcd.tmp",
+        ".run.tmp",
+        f".run.{dead.pid}-x.tmp",
+    ]
     for name in (*left, *others):
         (tmp_path / name).write_text("")
     bf.save(tmp_path / "run", {"epoch": 1})
