@@ -64,9 +64,9 @@ def write(path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
         raise OSError(errno.ENOTSUP, "cannot save, checkpoints are little-endian and this machine is not", path)
     check_folder(folder)
     if os.path.isdir(path):
-        raise IsADirectoryError(errno.EISDIR, "cannot save, this is a folder; give the path of a file", path)
+        raise OSError(errno.EISDIR, "cannot save, this is a folder; give the path of a file", path)
     if os.path.exists(path) and not os.path.isfile(path):
-        raise FileExistsError(errno.EEXIST, "cannot save, this is not a regular file; give another path", path)
+        raise OSError(errno.EEXIST, "cannot save, this is not a regular file; give another path", path)
     try:
         with temporary(path) as name:
             with open(name, "xb") as file:
@@ -87,7 +87,7 @@ def check_folder(folder: str) -> None:
     except OSError as error:
         raise OSError(error.errno, f"cannot save ({error.strerror}); make the folder first", folder) from None
     if not stat.S_ISDIR(mode):
-        raise NotADirectoryError(errno.ENOTDIR, "cannot save, this is no folder; give another path", folder)
+        raise OSError(errno.ENOTDIR, "cannot save, this is no folder; give another path", folder)
 
 
 @contextlib.contextmanager

@@ -3,8 +3,8 @@
 The folder holds `index.safetensors`, a checkpoint without tensors that names the folder with the parts and the checksum
 of each file in it, and that folder, written by torch.distributed.checkpoint as safetensors files. The index alone says
 what is current: it is renamed over the one before when all parts are on the disk, and older parts are removed then.
-Parts hold offsets, so that any number of processes can read them. torch's reader of its own format unpickles, and is not
-used.
+Parts hold offsets, so that any number of processes can read them. torch's reader of its own format unpickles, and is
+not used.
 """
 
 import errno

@@ -8,12 +8,14 @@ from collections import OrderedDict, deque
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from helpers import assert_same, mlp, values
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import biofunc as bf
 from biofunc.checkpoint_layout import DTYPES
@@ -376,7 +378,9 @@ def test_other_rules_are_refused(tmp_path, case):
 def test_the_same_rules_are_accepted(tmp_path):
     lr = torch.tensor([0.1, float("nan")])[1]
     named = bf.chain(bf.named("first", bf.where("fc*", partial(bf.sgd().bind, momentum=lr)())), bf.descend(math.pi))
-    for index, rules in enumerate((learner(), named, list(named.rules), [bf.crystallize], [])):
+    axes = partial(bf.enforce_dales_principle, axis=bf.presynaptic_axes(torch.nn.Linear(2, 3)))
+    wide = partial(bf.fuzzy_learning_rates, nu=np.float64(0.3), distribution=bf.distributions.layer_adaptive(["w"]))
+    for index, rules in enumerate((learner(), named, list(named.rules), [bf.crystallize], [], [axes, wide])):
         bf.save(tmp_path / f"{index}", {"epoch": 3}, rules=rules)
         assert bf.load(tmp_path / f"{index}", rules=rules) == {"epoch": 3}
     bf.save(tmp_path / "none", {"epoch": 3})
@@ -409,16 +413,12 @@ def test_a_functional_run_goes_on_bit_for_bit(tmp_path, like):
 
 
 def test_a_compiled_ensemble_goes_on_bit_for_bit_and_compiles_once(tmp_path, fresh_compiler):
-    learn, compilations = learner(), []
+    learn, counter = learner(), CompileCounterWithBackend("aot_eager")
 
     def step(params, state):
         return learn(params, {path: w.sin() for path, w in params.items()}, state)[::2]
 
-    def backend(graph, inputs):
-        compilations.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(torch.vmap(step), backend=backend, fullgraph=True)
+    compiled = torch.compile(torch.vmap(step), backend=counter, fullgraph=True)
     params, _ = bf.ensemble.stack([mlp(seed) for seed in range(3)])
     straight = (params, torch.vmap(learn.init)(params, bf.random.key(torch.arange(3))))
     for index in range(8):
@@ -428,7 +428,7 @@ def test_a_compiled_ensemble_goes_on_bit_for_bit_and_compiles_once(tmp_path, fre
     for _ in range(4):
         resumed = compiled(*resumed)
     assert_same(resumed, straight)
-    assert len(compilations) == 1
+    assert counter.frame_count == 1
 
 
 class Loop:
