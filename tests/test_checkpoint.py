@@ -378,7 +378,7 @@ def test_other_rules_are_refused(tmp_path, case):
 def test_the_same_rules_are_accepted(tmp_path):
     lr = torch.tensor([0.1, float("nan")])[1]
     named = bf.chain(bf.named("first", bf.where("fc*", partial(bf.sgd().bind, momentum=lr)())), bf.descend(math.pi))
-    axes = partial(bf.enforce_dales_principle, axis=bf.presynaptic_axes(torch.nn.Linear(2, 3)))
+    axes = partial(bf.enforce_dales_principle, axis=bf.presynaptic_axes(torch.nn.Linear(2, 3, device="meta")))
     wide = partial(bf.fuzzy_learning_rates, nu=np.float64(0.3), distribution=bf.distributions.layer_adaptive(["w"]))
     for index, rules in enumerate((learner(), named, list(named.rules), [bf.crystallize], [], [axes, wide])):
         bf.save(tmp_path / f"{index}", {"epoch": 3}, rules=rules)
