@@ -132,10 +132,13 @@ def _check_leaf(saved: Tensor, like: Any, path: str) -> None:
 
 
 def _check_keys(path: str, saved: list[Any], given: list[Any]) -> None:
-    for key in [key for key in saved if key not in given][:1]:
-        raise ValueError(f"{at(joined(path, key))} is in the checkpoint and not in like; {REMEDY}")
-    for key in [key for key in given if key not in saved][:1]:
-        raise ValueError(f"{at(joined(path, key))} is in like and not in the checkpoint; {REMEDY}")
+    for some, others, where in (
+        (saved, set(given), "in the checkpoint and not in like"),
+        (given, set(saved), "in like and not in the checkpoint"),
+    ):
+        for key in some:
+            if key not in others:
+                raise ValueError(f"{at(joined(path, key))} is {where}; {REMEDY}")
 
 
 def _items(container: Any) -> list[tuple[Any, Any]]:
