@@ -5,6 +5,7 @@ themselves. No class is looked up by a name out of a file, so that nothing which
 """
 
 import dataclasses
+import re
 import struct
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -190,7 +191,7 @@ def parse(
                 )
             used.add(name)
             return Saved(name, tensor)
-        case {"float": str(digits), **rest} if not rest and len(digits) == 16:
+        case {"float": str(digits), **rest} if not rest and re.fullmatch("[0-9a-f]{16}", digits):
             return struct.unpack(">d", bytes.fromhex(digits))[0]
         case {"dict": list(items), **rest} | {"OrderedDict": list(items), **rest} if not rest:
             for item in items:

@@ -159,6 +159,15 @@ def test_other_programs_can_read_the_tensors(tmp_path):
     assert (metadata["biofunc"], metadata["torch"]) == (bf.__version__, torch.__version__)
 
 
+def test_trees_of_100_levels_come_back(tmp_path):
+    for wrap in (lambda inner: {"k": inner}, lambda inner: [inner], lambda inner: (inner,)):
+        tree = torch.ones(2)
+        for _ in range(100):
+            tree = wrap(tree)
+        bf.save(tmp_path / "run", tree)
+        assert frozen(bf.load(tmp_path / "run")) == frozen(bf.load(tmp_path / "run", like=tree)) == frozen(tree)
+
+
 def test_the_same_tree_makes_the_same_file(tmp_path):
     params, _ = mlp()
     state = learner().init(params, bf.random.key(0))

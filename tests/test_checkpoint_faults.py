@@ -145,6 +145,7 @@ FORGED = {
         {},
         r"should be F32 \[1, 2\], its tensor is F32 \[2\]",
     ),
+    "a short float": ({"tree": '{"float": "00 00 00 00 00 0"}'}, {}, "which bf.save does not write"),
     "an unknown node": ({"tree": '{"set": [1]}'}, {}, r"the tree is {'set': \[1\]}, which bf.save does not write"),
     "a bare list": ({"tree": "[1, 2]"}, {}, r"the tree is \[1, 2\], which bf.save does not write"),
     "a function": (
