@@ -203,7 +203,7 @@ def to_normal(words: Tensor) -> Tensor:
     q = 2 (word mod 2^23) + 1 stands for the tail probability q / 2^25. The float32 bits of q index a table with 64
     segments per octave; the 17 mantissa bits below interpolate inside a segment.
     """
-    q_bits = (((words & 0x7FFFFF) << 1) | 1).to(torch.float32).view(torch.int32).to(torch.int64)
+    q_bits = _float32_bits((((words & 0x7FFFFF) << 1) | 1).to(torch.float32))
     # The clamp changes nothing; it spares the compiled kernel the check of each index
     segment = ((q_bits >> 17) - _FIRST_SEGMENT).clamp(0, _SEGMENTS - 1)
     entry = normal_table(words.device)[segment]
@@ -211,6 +211,17 @@ def to_normal(words: Tensor) -> Tensor:
     magnitude: Tensor = ((entry >> _FALL_BITS) << 17) - (entry & ((1 << _FALL_BITS) - 1)) * (q_bits & 0x1FFFF)
     return (magnitude * to_sign(words)).to(torch.float32) / (1 << (_QUANTILE_BITS + 17))
 
+
+def _float32_bits(values: Tensor) -> Tensor:
+    """The bits of positive normal floats, int64."""
+    if _VMAPS_VIEWS:
+        return values.view(torch.int32).to(torch.int64)
+    fraction, exponent = torch.frexp(values)
+    return (exponent.to(torch.int64) + 125) * 2**23 + (fraction * 2**24).to(torch.int64)
+
+
+# Before torch 2.13 vmap has no rule for a view of another dtype; frexp costs half a draw more
+_VMAPS_VIEWS = torch.__version__ >= (2, 13)
 
 _FIRST_SEGMENT = 127 << 6  # the float32 bits of q = 1, shifted by 17
 _SEGMENTS = 24 * 64
