@@ -134,11 +134,14 @@ def response_probe(
         Shaped like the loss; positive where learning helps, 0 for a network that cannot learn.
 
     Raises:
-        TypeError: a batch is no tuple or list, or the loss no tensor.
+        TypeError: step or loss is no function, a batch no tuple or list, or what the loss gives no tensor.
         ValueError: there are no batches.
 
     Source: Hofmann, Mäder 2026, arXiv 2610.09621.
     """
+    for name, function in (("step", step), ("loss", loss)):
+        if not callable(function):
+            raise TypeError(f"{name} is {function!r}; it must be a function")
     start, drops = _loss_of(loss, params), []
     for batch in batches:
         if not isinstance(batch, tuple | list):
@@ -158,6 +161,8 @@ def _loss_of(loss: Callable[[Tree], Tensor], params: Tree) -> Tensor:
 
 
 def _edges(edges: Sequence[float] | Tensor) -> Tensor:
+    if isinstance(edges, str) or not isinstance(edges, Sequence | Tensor):
+        raise TypeError(f"edges are {edges!r}; give two or more numbers that rise")
     rising = isinstance(edges, Tensor) or all([low < high for low, high in pairwise(edges)])
     if len(edges) < 2 or not rising:
         raise ValueError(f"edges are {edges}; give two or more that rise")

@@ -276,6 +276,8 @@ def _verdict(name: str, interval: Sequence[float], higher_is_better: bool) -> st
 
 
 def _draw_curves(curves: Curves, steps: Any, baseline: str | None, ax: Axes | None) -> Axes:
+    if not isinstance(curves, Mapping):
+        raise TypeError(f"curves is {type(curves).__name__}; give a dict of curves by name")
     runs = {name: numpy.atleast_2d(_numbers(values)) for name, values in curves.items()}
     if not runs:
         raise ValueError("curves is empty; give at least one")
@@ -314,6 +316,8 @@ def _axes(ax: Axes | None) -> Axes:
         from matplotlib import pyplot
 
         ax = pyplot.subplots(layout="constrained")[1]
+    if not isinstance(ax, Axes):
+        raise TypeError(f"ax is {type(ax).__name__}; give axes of matplotlib, pyplot.subplots()[1]")
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
