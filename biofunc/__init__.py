@@ -13,6 +13,7 @@ from biofunc.adam import adam, adamw
 from biofunc.attach import attach
 from biofunc.attachment import Attachment
 from biofunc.chain import Chain, chain, init
+from biofunc.checkpoint import load, save
 from biofunc.config import BioConfig
 from biofunc.convert import Converted, convert
 from biofunc.crystallize import crystallize
@@ -74,6 +75,7 @@ __all__ = [
     "init",
     "l1_penalty",
     "layers",
+    "load",
     "measure",
     "named",
     "presynaptic_axes",
@@ -82,6 +84,7 @@ __all__ = [
     "rejuvenate_weights",
     "rejuvenate_weights_lognormal",
     "rule",
+    "save",
     "schedules",
     "sgd",
     "split_synapses",

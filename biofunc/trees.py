@@ -33,6 +33,15 @@ def unflatten(structure: optree.PyTreeSpec, flat: dict[str, Any]) -> Tree:
     return optree.tree_unflatten(structure, flat.values())
 
 
+def one_level(node: Any) -> tuple[tuple[Any, ...], list[Any], Callable[[list[Any]], Any]] | None:
+    """Entries and children of a node, and the function that makes such a node of other children; None for a leaf."""
+    try:
+        flat = optree.tree_flatten_one_level(node, namespace=NAMESPACE)
+    except ValueError:
+        return None
+    return tuple(flat.entries), list(flat.children), lambda children: flat.unflatten_func(flat.metadata, children)
+
+
 def register(
     cls: type,
     children: Callable[[Any], tuple[Any, ...]],

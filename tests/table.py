@@ -197,10 +197,12 @@ NOT_RULES = {
     "init",
     "l1_penalty",
     "layers",
+    "load",
     "named",
     "presynaptic_axes",
     "record_activity",
     "rule",
+    "save",
     "split_synapses",
     "where",
 }

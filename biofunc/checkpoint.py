@@ -1,0 +1,217 @@
+"""Checkpoints: a run that was stopped goes on as if it had not been, bit for bit.
+
+A checkpoint is one safetensors file. Beside the tensors its metadata hold the format and its version, the versions of
+biofunc and torch, and, as JSON, the layout of the tree and the rules with their hyperparameters. Nothing in it is
+executed when it is read.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from biofunc import checkpoint_file
+from biofunc.chain import Chain
+from biofunc.checkpoint_layout import DEEPEST, Description, Saved, describe, is_sharded, parse
+from biofunc.checkpoint_like import ABSENT, fit, placed
+from biofunc.rule import as_rule
+from biofunc.trees import Leaves, Tree
+
+__all__ = ["load", "save"]
+
+FORMAT = "biofunc.checkpoint"
+VERSION = 1
+
+
+def save(path: str | os.PathLike[str], tree: Tree, rules: Chain | Sequence[Any] | None = None) -> None:
+    """Writes a tree into a file that replaces the one before, whole or not at all.
+
+    It is written beside the path under a name that begins with a dot and ends with `.tmp`, flushed to the disk, and
+    renamed. A process that is killed meanwhile leaves the last checkpoint as it was, and that file, which the next save
+    to the path removes. One process at a time may save to a path: of data-parallel ones, let one save.
+
+    A tree with DTensors is saved by all processes together into a folder, each writing its part, and can be loaded by
+    any number of them, each reading its part.
+
+    What comes back are plain contiguous tensors, or DTensors placed like those of `like`: whether a gradient is
+    required, whether memory was shared, and attributes of containers (the versions in the `state_dict` of a module) are
+    not kept.
+
+    Args:
+        path: the file, or the folder of a tree with DTensors.
+        tree: any nesting of dicts with string or integer keys, lists, tuples and BioStates, of ensembles too, that
+            holds tensors, numbers, strings and None: `{"params": params, "state": state, "epoch": 3}`, or what
+            `state_dict` gives. NamedTuples and nodes registered with optree are saved too; to load them takes `like`.
+        rules: the chain, or a sequence of rules, whose names and bound hyperparameters are kept, for `load` to
+            compare; schedules and functions are kept by name alone.
+
+    Raises:
+        TypeError, ValueError: something in the tree cannot be saved; nothing was written then.
+        OSError: it could not be written; what was there before is as it was.
+        ModuleNotFoundError: safetensors is not installed.
+    """
+    checkpoint_file.safetensors()
+    tensors: Leaves = {}
+    described = {"tree": describe(tree, "", tensors), "rules": _describe_rules(rules, tensors)}
+    if any([is_sharded(tensor) for tensor in tensors.values()]):
+        from biofunc import checkpoint_sharded
+
+        checkpoint_sharded.write(os.fspath(path), tensors, _metadata(described))
+    else:
+        checkpoint_file.write(os.fspath(path), tensors, _metadata(described))
+
+
+def load(
+    path: str | os.PathLike[str],
+    like: Tree | None = None,
+    rules: Chain | Sequence[Any] | None = None,
+    device: torch.device | str | None = None,
+) -> Tree:
+    """Reads what `save` wrote; nothing in the file is executed.
+
+    Args:
+        path: the file or folder.
+        like: a tree of the same structure, shapes and dtypes, such as the one that the run starts with; the tensors
+            come to its devices and placements, and the keys of dicts into its order. Its values are not used.
+        rules: the chain or the rules with which the run goes on: they must be those that were saved, in name, order,
+            period, selection and bound hyperparameters.
+        device: where plain tensors come to; default: to the devices of `like`, else to the CPU.
+
+    Returns:
+        The tree.
+
+    Raises:
+        ValueError: the file is damaged or none of `save`, of another format version, or does not match `like` or
+            `rules`.
+        OSError: it is missing or cannot be read.
+        ModuleNotFoundError: safetensors is not installed.
+    """
+    checkpoint_file.safetensors()
+    path = os.fspath(path)
+    spread = os.path.isdir(path)  # a tree with DTensors
+    data = checkpoint_file.read(os.path.join(path, "index.safetensors") if spread else path)
+    try:
+        metadata = checkpoint_file.metadata_of(data)
+        check_version(metadata)
+    except ValueError as error:
+        raise ValueError(f"'{path}' is no checkpoint that can be loaded: {error}") from None
+    try:
+        tensors = checkpoint_file.tensors_of(data)
+        if spread:
+            from biofunc import checkpoint_sharded
+
+            tensors = checkpoint_sharded.shapes(path, metadata)
+        tree, saved_rules = parsed(metadata, tensors)
+    except ValueError as error:
+        raise ValueError(f"'{path}' is damaged: {error}; go back to a checkpoint that is whole") from None
+    if rules is not None:
+        check_rules(saved_rules, rules)
+    targets: Leaves = {}
+
+    def place(path: str, saved: Saved, leaf: Any) -> Tensor:
+        targets[saved.name] = placed(saved.tensor, leaf, device, path)
+        return targets[saved.name]
+
+    loaded = fit(tree, ABSENT if like is None else like, place)
+    if spread:
+        checkpoint_sharded.fill(path, metadata, targets)
+    return loaded
+
+
+def _metadata(described: dict[str, Description]) -> dict[str, str]:
+    from biofunc import __version__
+
+    texts = {name: json.dumps(part, allow_nan=False, separators=(",", ":")) for name, part in described.items()}
+    versions = {"format_version": str(VERSION), "biofunc": __version__, "torch": torch.__version__}
+    return {"format": FORMAT, **versions, **texts}
+
+
+def check_version(metadata: dict[str, str]) -> None:
+    """Refuses what is no checkpoint, or one of another version of the format."""
+    if metadata.get("format") != FORMAT:
+        raise ValueError(
+            f"its format is {metadata.get('format')!r}, not '{FORMAT}': bf.save did not write it, or it is damaged"
+        )
+    if metadata.get("format_version") != str(VERSION):
+        raise ValueError(
+            f"its format version is {metadata.get('format_version')}, this biofunc reads version {VERSION}; it was "
+            f"written by biofunc {metadata.get('biofunc')}, which reads it"
+        )
+
+
+def parsed(metadata: dict[str, str], tensors: Leaves) -> tuple[Any, Any]:
+    """The tree, with `Saved` for its tensors, and the rules; an error where the metadata are not what `save` writes."""
+    used: set[str] = set()
+    parts = []
+    for name in ("tree", "rules"):
+        try:
+            layout = json.loads(metadata.get(name, ""))
+            parts.append(parse(layout, tensors, "" if name == "tree" else name, used, references=name == "rules"))
+        except RecursionError:
+            raise ValueError(f"its {name} is nested deeper than {DEEPEST}") from None
+        except ValueError as error:
+            raise ValueError(f"its {name} is damaged, {error}") from None
+    for name in tensors.keys() - used:
+        raise ValueError(f"the tree has no place for its tensor '{name}'")
+    return parts[0], parts[1]
+
+
+def _describe_rules(rules: Chain | Sequence[Any] | None, tensors: Leaves) -> Description:
+    if rules is None:
+        return None
+    given = rules.rules if isinstance(rules, Chain) else rules
+    made = [as_rule(rule) for rule in given]
+    rows = [{"name": rule.name, "around": list(rule.wrappers), "bound": dict(rule.bound)} for rule in made]
+    return describe(rows, "rules", tensors, references=True)
+
+
+def check_rules(saved: Any, rules: Chain | Sequence[Any]) -> None:
+    """Refuses to go on with other rules than those that were saved.
+
+    Args:
+        saved: from `parsed`.
+        rules: the chain or the rules.
+
+    Raises:
+        ValueError: they differ; the message says in what.
+    """
+    tensors: Leaves = {}
+    given = parse(_describe_rules(rules, tensors), tensors, "rules", set(), references=True)
+    go_on = "bf.load(path) without rules= goes on with others"
+    if saved is None:
+        raise ValueError("the checkpoint was saved without rules; " + go_on)
+    names = [[rule["name"] for rule in some] for some in (saved, given)]
+    if names[0] != names[1]:
+        raise ValueError(f"the checkpoint was made by the rules {names[0]}, given are {names[1]}; {go_on}")
+    for old, new in zip(saved, given, strict=True):
+        if old["around"] != new["around"]:
+            raise ValueError(
+                f"{old['name']}: the checkpoint has it inside {''.join(old['around']) or 'nothing'}, here it is inside "
+                f"{''.join(new['around']) or 'nothing'}; {go_on}"
+            )
+        for keyword in {**old["bound"], **new["bound"]}:
+            pair = [some["bound"].get(keyword, ABSENT) for some in (old, new)]
+            if _bits(pair[0]) != _bits(pair[1]):
+                shown = ["not given" if value is ABSENT else _value(value) for value in pair]
+                raise ValueError(
+                    f"{old['name']}: {keyword} is {shown[0]} in the checkpoint and {shown[1]} here; {go_on}"
+                )
+
+
+def _bits(value: Any) -> Any:
+    """Something that is equal for equal hyperparameters alone: tensors by dtype, shape and bits, numbers by value."""
+    if isinstance(value, Saved):
+        flat = value.tensor.detach().cpu().contiguous().reshape(-1)
+        return str(flat.dtype), tuple(value.tensor.shape), tuple(flat.view(torch.uint8).tolist())
+    if isinstance(value, dict):
+        return {key: _bits(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [_bits(child) for child in value]
+    return "nan" if value != value else value
+
+
+def _value(value: Any) -> str:
+    return repr(value.tensor.tolist()) if isinstance(value, Saved) else repr(value)

@@ -1,0 +1,221 @@
+"""Checkpoints of trees that are spread over processes: a folder in which each process writes its own part.
+
+The folder holds `index.safetensors`, a checkpoint without tensors that names the folder with the parts and the checksums
+of its files, and that folder, written by torch.distributed.checkpoint as safetensors files. The index alone decides what is
+current: it is renamed over the one before when all parts are on the disk, and older parts are removed afterwards. The
+parts hold offsets, so that any number of processes can read them. torch's reader of its own format, which unpickles, is
+not used.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from biofunc import checkpoint_file
+from biofunc.checkpoint_layout import at, is_sharded
+from biofunc.trees import Leaves
+
+INDEX = "index.safetensors"
+PARTS = re.compile(r"tensors-[0-9a-f]{16}")
+
+
+def check_placements(tensors: Mapping[str, Tensor]) -> None:
+    """Refuses DTensors of which no rectangle of the whole is here.
+
+    Args:
+        tensors: by path.
+
+    Raises:
+        TypeError: a placement is neither Shard nor Replicate.
+    """
+    for path, tensor in tensors.items():
+        if isinstance(tensor, DTensor) and not all(type(p) in (Shard, Replicate) for p in tensor.placements):
+            raise TypeError(
+                f"{at(path)} has placements {tensor.placements}; a checkpoint holds those of Shard and Replicate: "
+                "redistribute it first"
+            )
+
+
+def distributed(saved: Tensor, like: Tensor, path: str) -> Tensor:
+    """A tensor of a checkpoint as a DTensor, see `checkpoint_like.placed`."""
+    assert isinstance(like, DTensor)
+    check_placements({path: like})
+    if saved.is_meta:
+        return torch.empty_like(like.detach(), memory_format=torch.contiguous_format)
+    return distribute_tensor(saved.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def write(path: str, tensors: Leaves, metadata: Mapping[str, str]) -> None:
+    """Writes a tree; each process of the default group calls it with the same one.
+
+    Args:
+        path: the folder; it is made if it is missing.
+        tensors: by name, DTensors and tensors that are the same on all processes.
+        metadata: strings by name, as for a checkpoint in one file.
+
+    Raises:
+        TypeError: a placement of a DTensor cannot be saved.
+        ValueError: the processes do not agree about the tree; nothing was written then.
+        OSError: a part could not be written; what was there before is as it was.
+    """
+    check_placements(tensors)
+    path = os.path.realpath(path)
+    summary = hashlib.sha256(json.dumps(dict(metadata)).encode())
+    for name, tensor in tensors.items():
+        if not is_sharded(tensor):
+            summary.update(name.encode() + checkpoint_file.bytes_of(tensor))
+    first, *others = _together(lambda: (summary.hexdigest(), secrets.token_hex(8)))
+    for rank, (digest, _) in enumerate(others, 1):
+        if digest != first[0]:
+            raise ValueError(
+                f"process {rank} saves another tree or other rules than process 0, or plain tensors of other values; "
+                "only DTensors differ between processes"
+            )
+    parts = f"tensors-{first[1]}"
+    try:
+        _together(lambda: _make_folders(path, parts))
+        files = _together(lambda: _write_part(os.path.join(path, parts), tensors))
+        checksums = {name: digest for part in files for name, digest in part}
+        index = {**metadata, "parts": parts, "files": json.dumps(checksums)}
+
+        def commit() -> None:
+            if dist.get_rank() == 0:
+                checkpoint_file.sync_folder(os.path.join(path, parts))
+                checkpoint_file.write(os.path.join(path, INDEX), {}, index)
+
+        _together(commit)
+    except BaseException:
+        if dist.get_rank() == 0:
+            shutil.rmtree(os.path.join(path, parts), ignore_errors=True)
+        raise
+    if dist.get_rank() == 0:
+        for other in os.listdir(path):
+            if PARTS.fullmatch(other) and other != parts:
+                shutil.rmtree(os.path.join(path, other), ignore_errors=True)
+
+
+def _make_folders(path: str, parts: str) -> None:
+    if dist.get_rank() == 0:
+        checkpoint_file.check_folder(os.path.dirname(path))
+        os.makedirs(os.path.join(path, parts))
+
+
+def _write_part(folder: str, tensors: Leaves) -> list[tuple[str, str]]:
+    """Writes what falls to this process; names and checksums of its files."""
+    taken: set[int] = set()
+    separate = {name: _separate(tensor, taken) for name, tensor in tensors.items()}
+    try:
+        save(separate, storage_writer=HuggingFaceStorageWriter(folder, save_distributed=True))
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        number = cause.errno if isinstance(cause, OSError) else errno.EIO
+        raise OSError(number, f"cannot save ({cause}); what was there before is as it was", folder) from None
+    mine = f"shard-{dist.get_rank() + 1:05d}-"
+    names = [name for name in sorted(os.listdir(folder)) if name.startswith(mine)]
+    return [(name, checksum(os.path.join(folder, name))) for name in names]
+
+
+def _separate(tensor: Tensor, taken: set[int]) -> Tensor:
+    """The tensor, contiguous and in memory that it does not share with one before: safetensors wants it so."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    storage = local.untyped_storage().data_ptr()
+    if not local.is_contiguous() or local.is_neg() or storage in taken:
+        tensor = tensor.detach().clone(memory_format=torch.contiguous_format)
+    taken.add(storage)
+    return tensor.detach()
+
+
+def _together(work: Callable[[], Any]) -> list[Any]:
+    """Does something on each process; all get the results of all, or the error of the first that failed."""
+    result, failure = None, None
+    try:
+        result = work()
+    except (OSError, ValueError) as error:
+        failure = error
+    outcomes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, (result, failure))
+    for _, failure in outcomes:
+        if failure is not None:
+            raise failure
+    return [result for result, _ in outcomes]
+
+
+def checksum(path: str) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def shapes(path: str, metadata: Mapping[str, str]) -> Leaves:
+    """What the parts of a checkpoint hold, after a check of every bit.
+
+    Args:
+        path: the folder.
+        metadata: those of its index.
+
+    Returns:
+        Tensors on the meta device by name.
+
+    Raises:
+        ValueError: a part is damaged, missing, or there is one too many.
+        OSError: a part cannot be read.
+    """
+    folder = _parts(path, metadata)
+    try:
+        files = json.loads(metadata.get("files", ""))
+        good = isinstance(files, dict) and all([isinstance(digest, str) for digest in files.values()])
+    except (ValueError, RecursionError):
+        good = False
+    if not good:
+        raise ValueError("its index does not name the files")
+    found = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+    for name in sorted(found ^ files.keys()):
+        raise ValueError(f"the file {os.path.join(folder, name)} is {'missing' if name in files else 'one too many'}")
+    for name, digest in files.items():
+        if checksum(os.path.join(folder, name)) != digest:
+            raise ValueError(f"the checksum of {os.path.join(folder, name)} does not hold")
+    stored = HuggingFaceStorageReader(folder).read_metadata().state_dict_metadata
+    return {
+        name: torch.empty(kept.size, dtype=kept.properties.dtype, device="meta")
+        for name, kept in stored.items()
+        if isinstance(kept, TensorStorageMetadata)
+    }
+
+
+def fill(path: str, metadata: Mapping[str, str], targets: Leaves) -> None:
+    """Reads into tensors, each process what it holds of them, without waiting for the others.
+
+    Args:
+        path: the folder.
+        metadata: those of its index.
+        targets: tensors by name, of the shapes and dtypes that the checkpoint has; they are written into.
+    """
+    if not targets:
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        reader = HuggingFaceStorageReader(_parts(path, metadata))
+        load(dict(targets), storage_reader=reader, no_dist=True)
+
+
+def _parts(path: str, metadata: Mapping[str, str]) -> str:
+    if not PARTS.fullmatch(metadata.get("parts", "")):
+        raise ValueError("its index does not name the folder of its parts")
+    return os.path.join(path, metadata["parts"])
