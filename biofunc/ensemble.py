@@ -222,7 +222,11 @@ def _check_whole(name: str, value: int) -> None:
 
 
 def _check_statistics(model: nn.Module) -> None:
-    tracking = [name or type(module).__name__ for name, module in model.named_modules() if getattr(module, "track_running_stats", False)]
+    tracking = [
+        name or type(module).__name__
+        for name, module in model.named_modules()
+        if getattr(module, "track_running_stats", False)
+    ]
     if tracking:
         raise ValueError(
             f"layers {', '.join(tracking)} keep running statistics (track_running_stats=True), which vmap cannot "

@@ -155,7 +155,8 @@ def gamma(
 
     Raises:
         TypeError: `key` is not a key, or `dtype` is not floating.
-        ValueError: the concentration is a number that is not positive or a tensor of another shape, or `key` holds several.
+        ValueError: the concentration is a number that is not positive, or a tensor of another shape; or `key` holds
+            several.
 
     Source: Marsaglia, Tsang 2000, doi 10.1145/358407.358414.
     """
@@ -184,7 +185,7 @@ def beta(
 
     Raises:
         TypeError: `key` is not a key, or `dtype` is not floating.
-        ValueError: a concentration is a number that is not positive or a tensor of another shape, or `key` holds several.
+        ValueError: a concentration is a number that is not positive, or a tensor of another shape; or `key` holds several.
     """
     for name, concentration in (("a", a), ("b", b)):
         _check_concentration(name, concentration)
@@ -204,7 +205,7 @@ def _log_gamma(
     """Logarithm of a gamma draw, float64: small concentrations give draws that would underflow."""
     check_key(key)
     if key.dim() != 1:
-        raise ValueError(f"key has shape {tuple(key.shape)}; gamma and beta take one key: torch.vmap draws from several")
+        raise ValueError(f"key has shape {tuple(key.shape)}; gamma and beta take one key: use torch.vmap for several")
     if not _is_floating(dtype):
         raise TypeError(f"dtype is {dtype!r}; gamma and beta draw floating dtypes, torch.float32")
     _check_concentration(name, concentration)
