@@ -27,7 +27,7 @@ from biofunc.rule import as_rule
 
 MAKERS = {"sgd": bf.sgd, "adam": bf.adam, "adamw": bf.adamw, "descend": bf.descend}
 REDUCES = ("crystallize", "volume", "rejuvenate", "activity", "scaling")
-SHAPES = {"body/b": (2,), "body/w": (3, 4), "head": (2, 3, 2)}
+SHAPES = {"body/b": (2,), "body/w": (3, 5), "head": (2, 3, 2)}
 SYNAPSES = {None: ["body/w", "head"], "*": list(SHAPES), "body*": ["body/b", "body/w"]}
 WITHIN = {"head": lambda path: path == "head", "*w": lambda path: path == "body/w"}
 EDGES = [0, 1, 2**31, 2**32, 2**63 - 1, 2**63, 2**64 - 1]
@@ -196,10 +196,15 @@ class Learning(stateful.RuleBasedStateMachine):
         assert torch.equal(self.state.key, key_of(self.model.key))
         self.model.adopt(leaves(self.params), leaves(self.grads), self.state)
 
-    @stateful.rule(seed=st.integers(0, 2**31), silent=st.booleans(), change=st.sampled_from([None, 0.25, 0.5]))
-    def step(self, seed, silent, change):
+    @stateful.rule(
+        seed=st.integers(0, 2**31),
+        scale=st.sampled_from([0.01, 0.5]),
+        silent=st.booleans(),
+        change=st.sampled_from([None, 0.25, 0.5]),
+    )
+    def step(self, seed, scale, silent, change):
         """One step of the chain on new gradients, perhaps with another value of a hyperparameter."""
-        self.grads = values(seed, 0.1, self.dtype)
+        self.grads = values(seed, scale, self.dtype)
         self.model.grads = {path: self.model.array(leaf) for path, leaf in leaves(self.grads).items()}
         activity, overrides = activities(seed, silent), {}
         names = sorted({name for spec in self.specs for name in ACCEPTS.get(spec.kind, ())})
