@@ -185,7 +185,8 @@ def beta(
 
     Raises:
         TypeError: `key` is not a key, or `dtype` is not floating.
-        ValueError: a concentration is a number that is not positive, or a tensor of another shape; or `key` holds several.
+        ValueError: a concentration is a number that is not positive, or a tensor of another shape; or `key` holds
+            several.
     """
     for name, concentration in (("a", a), ("b", b)):
         _check_concentration(name, concentration)

@@ -170,7 +170,7 @@ ROWS = [
     (lambda w: bf.crystallize({"a": w.params["a"]}, {"a": w.grads["a"]}, w.state), K, "was it made for another model?"),
     (lambda w: bf.rejuvenate_weights(w.params, w.grads, w.state, rate=1.0), V, "rate is 1.0; it must lie in [0, 1)"),
     (lambda w: bf.rejuvenate_weights(w.params, w.grads, w.state, dre=0), V, "dre is 0; it must lie in (0, inf]"),
-    (lambda w: bf.volume_dependent_lr(w.params, w.grads, w.state, base_lr=0), V, "base_lr is 0; it must lie in (0, inf"),
+    (lambda w: bf.volume_dependent_lr(w.params, w.grads, w.state, base_lr=0), V, "base_lr is 0; it must lie in (0, in"),
     (lambda w: bf.rejuvenate_weights_lognormal(w.params, w.grads, w.state, spread=-1), V, "spread is -1; it must lie"),
     (lambda w: bf.activity_dependent_rates(w.params, w.grads, w.state), T, "activity is missing; hand it over at each"),
     (lambda w: bf.enforce_dales_principle(w.params, w.grads, w.state), K, "made without enforce_dales_principle; hand"),
@@ -191,7 +191,7 @@ ROWS = [
     (lambda w: scale(w, activity={"a": 1.0}), T, "activity leaf 'a' is float; it must be a tensor"),
     (lambda w: scale(w, activity={"a": torch.ones(3)}), V, "activity leaf 'a' has shape (3,), its neurons"),
     (lambda w: scale(w, activity={"a": torch.ones(2) + 0j}), T, "leaf 'a' has dtype torch.complex64; it must be real"),
-    (lambda w: scale(w, activity={"a": torch.ones(2)}, target="pop"), V, "target is 'pop'; give 'population', a number"),
+    (lambda w: scale(w, activity={"a": torch.ones(2)}, target="pop"), V, "target is 'pop'; give 'population', a numbe"),
     (lambda w: scale(w, activity={"a": torch.ones(2)}, form="cubic"), V, "form is 'cubic'; it must be 'linear' or"),
     # what acts at init
     (lambda w: fuzzy(w, nu=1), V, "nu is 1; it must lie in [0, 1)"),
@@ -306,10 +306,10 @@ ROWS = [
     (lambda w: command.main(["compare", "--optimizer", "lion"]), SystemExit, "'lion' is unknown; give sgd or adam"),
     (lambda w: command.main(["compare", "--lr", "nan"]), SystemExit, "--lr: nan is no learning rate; give a positive"),
     (lambda w: command.main(["compare", "--device", "abacus"]), SystemExit, "'abacus' is unknown; give cpu or cuda"),
-    (lambda w: command.main(["compare", "--data", "imagenet"]), SystemExit, "data is 'imagenet'; it must be one of digits"),
+    (lambda w: command.main(["compare", "--data", "imagenet"]), SystemExit, "data is 'imagenet'; it must be one of di"),
     (lambda w: command.main(["compare", "--out", "/dev/null/x"]), SystemExit, "--out: cannot write to '/dev/null/x'"),
     (lambda w: command.main(["experiment", "sleep"]), SystemExit, "study 'sleep' is unknown; give combination"),
-    (lambda w: command.main(["experiment", "learning", "--seeds", "0"]), SystemExit, "seeds is 0; give a positive integer"),
+    (lambda w: command.main(["experiment", "learning", "--seeds", "0"]), SystemExit, "seeds is 0; give a positive int"),
     (lambda w: command.main([]), SystemExit, "required: command"),
 ]
 

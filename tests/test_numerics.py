@@ -28,7 +28,7 @@ NUMBER = 10**8
 @every_case
 @pytest.mark.parametrize("dtype", HALF)
 def test_half_precision_is_float32_rounded_once(row, settings, dtype):
-    """What a rule makes of half-precision leaves is what it makes of the same numbers in float32, rounded at the end."""
+    """What a rule makes of half-precision leaves is what it makes of the same numbers in float32, rounded."""
     params, grads = mlp(dtype=dtype)
     rule, signals = row.make(**settings), {}
     if row.given in ("activity_dependent_rates", "synaptic_scaling"):  # the row would sum in half precision
@@ -300,7 +300,7 @@ def test_schedules_and_periods_at_late_steps(step):
         schedules.linear(0.0, 1.0, 2**40): min(step / 2**40, 1.0),
         schedules.cosine(1.0, 0.0, 2**40): (1 + math.cos(math.pi * min(step / 2**40, 1.0))) / 2,
         schedules.exponential(1.0, 0.5, 2**33): 0.5 ** (step / 2**33),
-        schedules.piecewise(0.0, {max(step, 1): 1.0, step + 1: 2.0}): 2.0 if step == 0 else 1.0,
+        schedules.piecewise(0.0, {max(step, 1): 1.0, step + 1: 2.0}): float(step > 0),
     }
     for schedule, value in values.items():
         assert schedule(now).item() == pytest.approx(value, rel=1e-14)

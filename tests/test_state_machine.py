@@ -75,7 +75,7 @@ def hyperparameters(draw, kind):
     given, model = {}, {}
     for name, numbers in HYPERPARAMETERS[kind].items():
         value = draw(st.sampled_from(numbers))
-        way = draw(st.sampled_from(["number", "tensor", "schedule"])) if math.isfinite(value) else "number"
+        way = draw(st.sampled_from(["number", "tensor", "schedule"])) if all(map(math.isfinite, numbers)) else "number"
         if way == "schedule":
             given[name] = schedules.piecewise(value, {2: numbers[0], 2**32: numbers[-1]})
             model[name] = lambda step, v=value, n=numbers: n[-1] if step >= 2**32 else n[0] if step >= 2 else v
@@ -287,7 +287,7 @@ class Learning(stateful.RuleBasedStateMachine):
 @pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented the batching rule")
 class TestLearning(Learning.TestCase):
     settings = hypothesis.settings(
-        max_examples=80,
+        max_examples=150,
         stateful_step_count=12,
         deadline=None,
         derandomize=True,

@@ -24,7 +24,7 @@ def birthday(number, bits):
 
 
 def overlap(number, blocks):
-    """The same for two streams of so many blocks that share a counter: equal seeds, offsets less than `blocks` apart."""
+    """The same for two streams of so many blocks that share a counter: equal seeds, offsets so few blocks apart."""
     return number * (number - 1) / 2 * (2 * blocks - 1) / 2**128
 
 
@@ -90,6 +90,7 @@ def test_children_of_one_key_never_meet():
 
 
 def test_names_that_people_give_meet_nowhere():
-    names = [f"{a}.{i}.{b}.{c}" for a in ("layers", "blocks", "h", "encoder.layer") for i in range(128)
-             for b in ("attn", "mlp", "norm1", "conv2", "self_attn.q_proj") for c in ("weight", "bias", "g", "b")]  # fmt: skip
+    blocks = [f"{stack}.{i}" for stack in ("layers", "blocks", "h", "encoder.layer") for i in range(128)]
+    layers = [f"{block}.{layer}" for block in blocks for layer in ("attn", "mlp", "norm1", "conv2", "attn.q_proj")]
+    names = [f"{layer}.{leaf}" for layer in layers for leaf in ("weight", "bias", "g", "b")]
     assert len({hash_name(name) for name in names}) == len(names) == 10240
