@@ -90,9 +90,10 @@ def exponential(start: float | Tensor, factor: float | Tensor, steps: int) -> Sc
         TypeError: a value is no number or tensor, or `steps` no integer.
     """
     _check_steps(steps)
-    _check_finite(start=start, factor=factor)
+    _check_number("factor", factor)
     if not isinstance(factor, Tensor) and not factor > 0:
         raise ValueError(f"factor is {factor}; it must be positive")
+    _check_finite(start=start, factor=factor)
     return lambda step: start * factor ** (step.to(torch.float64) / steps)
 
 
@@ -136,12 +137,14 @@ def _progress(step: Tensor, steps: int) -> Tensor:
 
 def _check_finite(**values: float | Tensor) -> None:
     for name, number in values.items():
-        if isinstance(number, Tensor):
-            continue
-        if isinstance(number, bool) or not isinstance(number, numbers.Real):
-            raise TypeError(f"{name} is {number!r}; it must be a number or a 0-d tensor")
-        if not math.isfinite(number):
+        _check_number(name, number)
+        if not isinstance(number, Tensor) and not math.isfinite(number):
             raise ValueError(f"{name} is {number}; it must be finite")
+
+
+def _check_number(name: str, number: float | Tensor) -> None:
+    if isinstance(number, bool) or not isinstance(number, numbers.Real | Tensor):
+        raise TypeError(f"{name} is {number!r}; it must be a number or a 0-d tensor")
 
 
 def _check_steps(steps: int) -> None:
