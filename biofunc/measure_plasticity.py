@@ -134,18 +134,17 @@ def response_probe(
         Shaped like the loss; positive where learning helps, 0 for a network that cannot learn.
 
     Raises:
-        TypeError: step or loss is no function, a batch no tuple or list, or what the loss gives no tensor.
+        TypeError: step is no function, a batch no tuple or list, or the loss no tensor.
         ValueError: there are no batches.
 
     Source: Hofmann, Mäder 2026, arXiv 2610.09621.
     """
-    for name, function in (("step", step), ("loss", loss)):
-        if not callable(function):
-            raise TypeError(f"{name} is {function!r}; it must be a function")
     start, drops = _loss_of(loss, params), []
     for batch in batches:
         if not isinstance(batch, tuple | list):
             raise TypeError(f"batches holds a {type(batch).__name__}; each is a tuple, step(params, state, *batch)")
+        if not callable(step):
+            raise TypeError(f"step is {step!r}; it must be a function")
         params, state = step(params, state, *batch)
         drops.append(start - _loss_of(loss, params))
     if not drops:

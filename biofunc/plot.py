@@ -64,6 +64,7 @@ def learning_curves(
     Raises:
         ValueError: no curves, a shape that is not `(members, time)`, as many steps as there are not times, a baseline
             that is no arm, or a `symlog` that is not positive.
+        TypeError: curves is no dict, or `ax` no axes.
     """
     if baseline is not None and baseline not in curves:
         raise ValueError(f"baseline is '{baseline}'; the curves are {', '.join(curves)}")
@@ -92,7 +93,7 @@ def survival_curve(
         The axes, in per cent.
 
     Raises:
-        ValueError: as for `learning_curves`.
+        ValueError, TypeError: as for `learning_curves`.
     """
     named = curves if isinstance(curves, Mapping) else {"": curves}
     percent = {name: 100 * _numbers(values) for name, values in named.items()}
@@ -224,6 +225,7 @@ def forest(
 
     Raises:
         ValueError: no arms, an interval that is not three numbers in order, or a `symlog` that is not positive.
+        TypeError: `ax` is no axes.
     """
     if not intervals:
         raise ValueError("intervals is empty; give at least one arm")

@@ -43,7 +43,7 @@ def uniform(key: Tensor, shape: Sequence[int] = (), *, dtype: torch.dtype = torc
         `(..., *shape)` of `dtype`.
 
     Raises:
-        TypeError: `key` is not a key, or `dtype` is not one of the four.
+        TypeError: `key` is not a key, `shape` is not a shape, or `dtype` is not one of the four.
     """
     check_key(key)
     count = _size("shape", shape)
@@ -75,7 +75,7 @@ def normal(key: Tensor, shape: Sequence[int] = (), *, dtype: torch.dtype = torch
         `(..., *shape)` of `dtype`.
 
     Raises:
-        TypeError: `key` is not a key, or `dtype` is not floating.
+        TypeError: `key` is not a key, `shape` is not a shape, or `dtype` is not floating.
     """
     check_key(key)
     if not _is_floating(dtype):
@@ -96,7 +96,7 @@ def bernoulli(key: Tensor, p: float | Tensor = 0.5, shape: Sequence[int] | None 
         bool `(..., *shape)`.
 
     Raises:
-        TypeError: `key` is not a key, or `p` no number or tensor.
+        TypeError: `key` is not a key, `shape` is not a shape, or `p` no number or tensor.
         ValueError: `p` is a number outside [0, 1].
     """
     if not isinstance(p, Tensor):
@@ -121,7 +121,7 @@ def rademacher(key: Tensor, shape: Sequence[int] = (), *, dtype: torch.dtype = t
         `(..., *shape)` of `dtype`.
 
     Raises:
-        TypeError: `key` is not a key, or `dtype` cannot hold -1.
+        TypeError: `key` is not a key, `shape` is not a shape, or `dtype` cannot hold -1.
     """
     check_key(key)
     if not isinstance(dtype, torch.dtype) or not (dtype.is_floating_point or dtype.is_signed):
@@ -154,7 +154,7 @@ def gamma(
         `shape` of `dtype`.
 
     Raises:
-        TypeError: `key` is not a key, or `dtype` is not floating.
+        TypeError: `key` is not a key, `shape` is not a shape, or `dtype` is not floating.
         ValueError: the concentration is a number that is not positive, or a tensor of another shape; or `key` holds
             several.
 
@@ -184,7 +184,7 @@ def beta(
         `shape` of `dtype`.
 
     Raises:
-        TypeError: `key` is not a key, or `dtype` is not floating.
+        TypeError: `key` is not a key, `shape` is not a shape, or `dtype` is not floating.
         ValueError: a concentration is a number that is not positive, or a tensor of another shape; or `key` holds
             several.
     """
@@ -246,10 +246,8 @@ def _size(name: str, shape: Any) -> int:
     if not isinstance(shape, Sequence) or isinstance(shape, str):
         raise TypeError(f"{name} is {shape!r}; give a tuple of integers, ({shape},)")
     for length in shape:
-        if isinstance(length, bool) or not isinstance(length, int | torch.SymInt):
-            raise TypeError(f"{name} is {tuple(shape)}; it must hold integers")
-        if length < 0:
-            raise ValueError(f"{name} is {tuple(shape)}; no length is below 0")
+        if isinstance(length, bool) or not isinstance(length, int | torch.SymInt) or length < 0:
+            raise TypeError(f"{name} is {tuple(shape)}; it must hold integers of at least 0")
     return math.prod(shape)
 
 
