@@ -279,7 +279,7 @@ ROWS = [
     (lambda w: measure.rate_spectrum(w.state, edges=[1, 0.5]), V, "edges are [1, 0.5]; give two or more that rise"),
     (lambda w: measure.rate_spectrum(w.state, edges=None), T, "edges are None; give two or more numbers that rise"),
     (lambda w: measure.effective_number_of_rates(3), T, "state is int; give the BioState of the run"),
-    (lambda w: measure.response_probe(3, w.params, w.state, [()], lambda p: half), T, "step is 3; it must be a function"),
+    (lambda w: measure.response_probe(3, w.params, w.state, [()], lambda p: half), T, "step is 3; it must be a func"),
     (lambda w: measure.response_probe(len, w.params, w.state, [()], lambda p: 1.0), T, "loss gives float; it must"),
     (lambda w: measure.response_probe(len, w.params, w.state, [], lambda p: half), V, "batches is empty; a response"),
     (lambda w: measure.dead_unit_fraction(w.params, threshold=-1), V, "threshold is -1; it must be 0 or larger"),
