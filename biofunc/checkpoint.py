@@ -6,6 +6,7 @@ executed when it is read.
 """
 
 import json
+import numbers
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -86,6 +87,7 @@ def load(
     Raises:
         ValueError: the file is damaged or none of `save`, of another format version, or does not match `like` or
             `rules`.
+        TypeError: `rules` holds something else than rules, or a DTensor of `like` holds partial sums.
         OSError: it is missing or cannot be read.
         ModuleNotFoundError: safetensors is not installed.
     """
@@ -148,15 +150,25 @@ def parsed(metadata: dict[str, str], tensors: Leaves) -> tuple[Any, Any]:
     parts = []
     for name in ("tree", "rules"):
         try:
-            layout = json.loads(metadata.get(name, ""))
+            layout = json.loads(metadata.get(name, ""), parse_constant=_refuse)
             parts.append(parse(layout, tensors, "" if name == "tree" else name, used, references=name == "rules"))
         except RecursionError:
             raise ValueError(f"its {name} is nested deeper than {DEEPEST}") from None
         except ValueError as error:
             raise ValueError(f"its {name} is damaged, {error}") from None
-    for name in tensors.keys() - used:
+    for name in sorted(tensors.keys() - used):
         raise ValueError(f"the tree has no place for its tensor '{name}'")
-    return parts[0], parts[1]
+    tree, rules = parts
+    for rule in [] if rules is None else rules if isinstance(rules, list) else [rules]:
+        match rule:
+            case {"name": str(), "around": list(around), "bound": dict()} if all([type(w) is str for w in around]):
+                continue
+        raise ValueError("its rules are damaged")
+    return tree, rules
+
+
+def _refuse(token: str) -> None:
+    raise ValueError(f"{token} is no JSON")
 
 
 def _describe_rules(rules: Chain | Sequence[Any] | None, tensors: Leaves) -> Description:
@@ -164,8 +176,16 @@ def _describe_rules(rules: Chain | Sequence[Any] | None, tensors: Leaves) -> Des
         return None
     given = rules.rules if isinstance(rules, Chain) else rules
     made = [as_rule(rule) for rule in given]
-    rows = [{"name": rule.name, "around": list(rule.wrappers), "bound": dict(rule.bound)} for rule in made]
+    rows = [
+        {"name": rule.name, "around": list(rule.wrappers), "bound": {k: _number(v) for k, v in rule.bound.items()}}
+        for rule in made
+    ]
     return describe(rows, "rules", tensors, references=True)
+
+
+def _number(value: Any) -> Any:
+    """NumPy's numbers as Python's; all else as it is."""
+    return value if type(value) in (bool, int, float) or not isinstance(value, numbers.Real) else float(value)
 
 
 def check_rules(saved: Any, rules: Chain | Sequence[Any]) -> None:

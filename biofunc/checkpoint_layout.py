@@ -5,6 +5,7 @@ themselves. No class is looked up by a name out of a file, so that nothing which
 """
 
 import dataclasses
+import re
 import struct
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -190,7 +191,7 @@ def parse(
                 )
             used.add(name)
             return Saved(name, tensor)
-        case {"float": str(digits), **rest} if not rest and len(digits) == 16:
+        case {"float": str(digits), **rest} if not rest and re.fullmatch("[0-9a-f]{16}", digits):
             return struct.unpack(">d", bytes.fromhex(digits))[0]
         case {"dict": list(items), **rest} | {"OrderedDict": list(items), **rest} if not rest:
             for item in items:
@@ -231,13 +232,16 @@ def joined(path: str, key: Any) -> str:
 
 def _static(static: Any, path: str) -> tuple[Fresh, Layout]:
     """The static fields of a BioState, if they are such."""
-    match static:
-        case (tuple(fresh), tuple(layout)):
-            good = [len(row) == 3 and type(row[0]) is type(row[1]) is str and type(row[2]) is float for row in fresh]
-            good += [len(row) == 2 and type(row[0]) is str and type(row[1]) is tuple for row in layout]
-            good += [type(size) is int for row in layout if len(row) == 2 for size in row[1]]
-            if all(good):
-                return fresh, layout
+
+    def kinds(value: Any) -> Any:
+        return tuple([kinds(item) for item in value]) if type(value) is tuple else type(value)
+
+    if type(static) is tuple and [type(part) for part in static] == [tuple, tuple]:
+        fresh, layout = static
+        good = [kinds(row) == (str, str, float) for row in fresh]
+        good += [kinds(row) == (str, (int,) * len(row[-1])) for row in layout if type(row) is tuple and len(row) == 2]
+        if all(good) and len(good) == len(fresh) + len(layout):
+            return fresh, layout
     raise ValueError(f"{at(path)} is a BioState without what belongs to it")
 
 

@@ -44,12 +44,12 @@ def fit(tree: Any, like: Any, place: Place, path: str = "") -> Any:
         return _fit_state(tree, like, place, path)
     if not isinstance(tree, dict | list | tuple):
         if like is not ABSENT and (isinstance(like, Tensor) or (like is not None and trees.one_level(like))):
-            raise mismatch(path, repr(tree), _shown(like))
+            raise ValueError(_differ(path, repr(tree), _shown(like)))
         return tree
     if like is ABSENT:
         pairs = [(key, child, ABSENT) for key, child in _items(tree)]
     elif type(like) is not type(tree):
-        raise mismatch(path, _shown(tree), _shown(like))
+        raise ValueError(_differ(path, _shown(tree), _shown(like)))
     else:
         _check_keys(path, [key for key, _ in _items(tree)], [key for key, _ in _items(like)])
         pairs = [(key, tree[key], child) for key, child in _items(like)]
@@ -57,9 +57,8 @@ def fit(tree: Any, like: Any, place: Place, path: str = "") -> Any:
     return type(tree)(fitted if isinstance(tree, dict) else [child for _, child in fitted])
 
 
-def mismatch(path: str, saved: str, given: str) -> ValueError:
-    """The error that names a place and what stands there in the checkpoint and in like."""
-    return ValueError(f"{at(path)} is {saved} in the checkpoint and {given} in like; {REMEDY}")
+def _differ(path: str, saved: str, given: str) -> str:
+    return f"{at(path)} is {saved} in the checkpoint and {given} in like; {REMEDY}"
 
 
 def placed(saved: Tensor, like: Any, device: torch.device | str | None, path: str) -> Tensor:
@@ -90,7 +89,7 @@ def placed(saved: Tensor, like: Any, device: torch.device | str | None, path: st
 
 def _fit_state(tree: BioState, like: Any, place: Place, path: str) -> BioState:
     if like is not ABSENT and type(like) is not BioState:
-        raise mismatch(path, "a BioState", _shown(like))
+        raise ValueError(_differ(path, "a BioState", _shown(like)))
     parts = {}
     for field in DATA:
         other = ABSENT if like is ABSENT else getattr(like, field)
@@ -116,7 +115,7 @@ def _fit_foreign(tree: Foreign, like: Any, place: Place, path: str) -> Any:
     node = trees.one_level(like) if like is not None else None
     kind = type(like)
     if node is None or f"{kind.__module__}.{kind.__qualname__}" != tree.name:
-        raise mismatch(path, f"a {tree.name}", _shown(like))
+        raise ValueError(_differ(path, f"a {tree.name}", _shown(like)))
     entries, children, rebuild = node
     _check_keys(path, list(tree.children), [str(entry) for entry in entries])
     pairs = zip(tree.children.items(), children, strict=True)
@@ -125,18 +124,21 @@ def _fit_foreign(tree: Foreign, like: Any, place: Place, path: str) -> Any:
 
 def _check_leaf(saved: Tensor, like: Any, path: str) -> None:
     if not isinstance(like, Tensor):
-        raise mismatch(path, f"a tensor of shape {tuple(saved.shape)}", _shown(like))
+        raise ValueError(_differ(path, f"a tensor of shape {tuple(saved.shape)}", _shown(like)))
     if saved.shape != like.shape:
-        raise mismatch(path, f"of shape {tuple(saved.shape)}", str(tuple(like.shape)))
+        raise ValueError(_differ(path, f"of shape {tuple(saved.shape)}", str(tuple(like.shape))))
     if saved.dtype != like.dtype:
-        raise mismatch(path, f"of dtype {saved.dtype}", str(like.dtype))
+        raise ValueError(_differ(path, f"of dtype {saved.dtype}", str(like.dtype)))
 
 
 def _check_keys(path: str, saved: list[Any], given: list[Any]) -> None:
-    for key in [key for key in saved if key not in given][:1]:
-        raise ValueError(f"{at(joined(path, key))} is in the checkpoint and not in like; {REMEDY}")
-    for key in [key for key in given if key not in saved][:1]:
-        raise ValueError(f"{at(joined(path, key))} is in like and not in the checkpoint; {REMEDY}")
+    for some, others, where in (
+        (saved, set(given), "in the checkpoint and not in like"),
+        (given, set(saved), "in like and not in the checkpoint"),
+    ):
+        for key in some:
+            if key not in others:
+                raise ValueError(f"{at(joined(path, key))} is {where}; {REMEDY}")
 
 
 def _items(container: Any) -> list[tuple[Any, Any]]:

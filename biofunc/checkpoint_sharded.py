@@ -1,9 +1,9 @@
 """Checkpoints of trees that are spread over processes: a folder in which each process writes its own part.
 
-The folder holds `index.safetensors`, a checkpoint without tensors that names the folder with the parts and the checksums
-of its files, and that folder, written by torch.distributed.checkpoint as safetensors files. The index alone decides what is
-current: it is renamed over the one before when all parts are on the disk, and older parts are removed afterwards. The
-parts hold offsets, so that any number of processes can read them. torch's reader of its own format, which unpickles, is
+The folder holds `index.safetensors`, a checkpoint without tensors that names the folder with the parts and the checksum
+of each file in it, and that folder, written by torch.distributed.checkpoint as safetensors files. The index alone says
+what is current: it is renamed over the one before when all parts are on the disk, and older parts are removed then.
+Parts hold offsets, so that any number of processes can read them. torch's reader of its own format unpickles, and is
 not used.
 """
 

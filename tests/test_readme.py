@@ -16,14 +16,17 @@ def blocks():
     return re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
 
-def test_every_example_runs(blocks):
+def test_every_example_runs(blocks, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     namespace, steps = {}, []
     with torch.random.fork_rng():
         for block in blocks:
             exec(block, namespace)  # the README is our own text
             attached = namespace["synapses"].state.step.tolist() if "synapses" in namespace else None
             steps.append((namespace["state"].step.tolist(), attached))
-    assert steps[1:5] == [([3] * 100, None), ([3] * 100, 3), ([3] * 100, 1), (1, 1)]
+    trained = [3] * 100
+    assert steps[1:6] == [(trained, None), (trained, 3), (trained, 1), (trained, 1), (1, 1)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loop.safetensors", "run.safetensors"]
     assert namespace["y_hat"].shape == (8, 64, 10)
     state = namespace["learn"].init({"w": torch.ones(2, 2)}, bf.random.key(0))
     params, _, state = namespace["learn"]({"w": torch.ones(2, 2)}, {"w": torch.ones(2, 2)}, state)

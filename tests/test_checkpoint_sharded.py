@@ -1,0 +1,128 @@
+"""Checkpoints of DTensors: each process writes its part, any number of processes reads them."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from sharded_saves import same, tree
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+import biofunc as bf
+
+HERE = pathlib.Path(__file__).parent
+
+
+def test_groups_of_processes_save_load_go_on_fail_and_are_killed():
+    paths = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(HERE / "sharded_saves.py")],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    counts = json.loads(done.stdout)
+    assert counts["groups"] == 12
+    assert counts["kills"] == counts["whole after a kill"] == 6
+
+
+@pytest.fixture
+def mesh():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def saved(mesh, tmp_path):
+    bf.save(tmp_path / "run", tree(mesh))
+    return tmp_path / "run"
+
+
+def files(folder):
+    return sorted(file for file in folder.rglob("*") if file.is_file())
+
+
+def test_the_folder_holds_safetensors_files_alone(saved):
+    index, part = files(saved)
+    assert index.name == "index.safetensors"
+    assert safetensors.torch.load_file(index) == {}
+    assert torch.equal(safetensors.torch.load_file(part)["spread/rows"], tree()["spread"]["rows"])
+    assert same(bf.load(saved), tree())
+
+
+def test_a_new_save_replaces_the_parts(saved, mesh):
+    bf.save(saved, {"w": distribute_tensor(torch.ones(3), mesh, [Shard(0)]), "epoch": 1})
+    assert len(files(saved)) == len(os.listdir(saved)) == 2
+    assert same(bf.load(saved), {"w": torch.ones(3), "epoch": 1})
+
+
+def test_damage_to_any_file_is_found(saved):
+    """Flipped bits and cuts at 64 places of each file; a file that is missing, one too many, one of another save."""
+    whole = {file: file.read_bytes() for file in files(saved)}
+    for file, data in whole.items():
+        for place in range(0, len(data), len(data) // 64):
+            flipped = bytearray(data)
+            flipped[place] ^= 1 << place % 8
+            for damaged in (bytes(flipped), data[:place]):
+                file.write_bytes(damaged)
+                with pytest.raises(ValueError, match=r"is damaged|no checkpoint that can be loaded"):
+                    bf.load(saved)
+        file.write_bytes(data)
+    part = next(file for file in whole if file.name != "index.safetensors")
+    more = part.with_name("shard-00009-model-00001-of-00001.safetensors")
+    shutil.copy(part, more)
+    with pytest.raises(ValueError, match="is one too many; go back"):
+        bf.load(saved)
+    part.rename(more)
+    with pytest.raises(ValueError, match="is missing; go back"):
+        bf.load(saved)
+    more.rename(part)
+    shutil.copytree(part.parent, saved / "other")
+    shutil.rmtree(part.parent)
+    with pytest.raises(ValueError, match="is missing; go back"):
+        bf.load(saved)
+    (saved / "index.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"index\.safetensors"):
+        bf.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"parts": "../elsewhere"}, "its index does not name the folder of its parts"),
+        ({"parts": ""}, "its index does not name the folder of its parts"),
+        ({"files": "[" * 100_000}, "its index does not name the files"),
+        ({"files": '{"../../x": "0"}'}, "is missing"),
+        ({"files": "[]"}, "its index does not name the files"),
+        ({"tree": "1"}, "the tree has no place for its tensor"),
+    ],
+)
+def test_forged_indices_are_refused(saved, changes, message):
+    from test_checkpoint_faults import forged
+
+    index = saved / "index.safetensors"
+    index.write_bytes(forged(index.read_bytes(), changes))
+    with pytest.raises(ValueError, match=message):
+        bf.load(saved)
+
+
+def test_files_and_folders_are_not_taken_for_each_other(tmp_path, mesh):
+    spread = {"w": distribute_tensor(torch.ones(3), mesh, [Shard(0)])}
+    bf.save(tmp_path / "file", {"w": torch.ones(3)})
+    bf.save(tmp_path / "folder", spread)
+    with pytest.raises(OSError, match="file"):
+        bf.save(tmp_path / "file", spread)
+    with pytest.raises(IsADirectoryError, match="this is a folder"):
+        bf.save(tmp_path / "folder", {"w": torch.ones(3)})
+    assert same(bf.load(tmp_path / "file", like=spread), spread)
+    assert same(bf.load(tmp_path / "folder"), {"w": torch.ones(3)})
