@@ -297,7 +297,7 @@ ROWS = [
     (lambda w: plot.forest({"a": (1, 2, 0)}), V, "intervals['a'] is (1, 2, 0); give (difference, low, high)"),
     # checkpoints
     (lambda w: bf.load(w.folder / "none"), OSError, "No such file or directory: '"),
-    (lambda w: bf.save(w.folder / "z" / "x", {}), OSError, "cannot save (No such file or directory); make the folder first"),
+    (lambda w: bf.save(w.folder / "z" / "x", {}), OSError, "cannot save (No such file or directory); make the fold"),
     (lambda w: bf.save(w.folder / "x", {"a": len}), T, "'a' is builtin_function_or_method; a checkpoint holds tensors"),
     # the command line
     (lambda w: command.main(["compare", "--arms", "sleep"]), SystemExit, "--arms: 'sleep' is no arm; the arms are"),
