@@ -42,9 +42,12 @@ def accelerate(on: bool = True) -> None:
         on: whether draws on the CPU use the compiled kernel; other devices are not affected.
 
     Raises:
+        TypeError: `on` is no bool.
         RuntimeError: there is no C++ compiler (CXX, else g++, clang++ or c++), it fails, or what it made cannot be
             loaded.
     """
+    if not isinstance(on, bool):
+        raise TypeError(f"on is {on!r}; it must be True or False")
     if on:
         _kernel()
     philox.ACCELERATED = on

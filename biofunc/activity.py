@@ -117,6 +117,8 @@ def observed(rule: str, activity: Any, path: str, w: Tensor) -> Tensor:
         raise TypeError(
             f"{rule}: activity leaf '{path}' is {type(a).__name__}; it must be a tensor, one value per neuron"
         )
+    if a.is_complex():
+        raise TypeError(f"{rule}: activity leaf '{path}' has dtype {a.dtype}; it must be real")
     if a.shape != w.shape[:1]:
         raise ValueError(
             f"{rule}: activity leaf '{path}' has shape {tuple(a.shape)}, its neurons (axis 0 of the weight) "

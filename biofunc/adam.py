@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from biofunc.bias_correction import bias_correction
 from biofunc.decorator import rule
 from biofunc.rule import Hyperparameter, Rule, as_rule, named
 from biofunc.state import BioState
@@ -113,7 +114,8 @@ def _adam(
         return {path: leaf + weight_decay * params[path] for path, leaf in tree.items()}
 
     def direction(m: Tensor, v: Tensor, t: Tensor) -> Tensor:
-        return m / (1 - beta1**t) / (_root(v / (1 - beta2**t)) + eps)
+        # m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
+        return m / bias_correction(beta1, t) / (_root(v / bias_correction(beta2, t)) + eps)
 
     slot = state.slots[name]
     grads = grads if decoupled else decay(grads)

@@ -119,6 +119,7 @@ def init(params: Tree, key: Tensor, *rules: Any, where: Selection = None) -> Bio
         )
     made = [as_rule(given) for given in rules]
     _check_names(made)
+    trees.check_given(params)
     flat, _ = trees.flatten(params)
     trees.check_params(flat)
     if flat:

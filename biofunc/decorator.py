@@ -93,6 +93,9 @@ def rule(
     """
     if function is not None:
         raise TypeError("write @bf.rule(phase=…) above the function, with its parentheses")
+    for given, what in ((ranges, "ranges"), (choices, "choices"), (memory, "memory")):
+        if given is not None and not isinstance(given, Mapping):
+            raise TypeError(f"{what} is {given!r}; give a dict by name")
     if phase is None or phase not in get_args(Phase):
         raise ValueError(f"phase is {phase!r}; it must be one of {', '.join(get_args(Phase))}")
 

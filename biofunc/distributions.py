@@ -159,7 +159,12 @@ def layer_adaptive(paths: Sequence[str]) -> Distribution:
 
     Returns:
         The distribution; mean 1. It raises a KeyError for a leaf that is not among the paths.
+
+    Raises:
+        TypeError: paths is a single string.
     """
+    if isinstance(paths, str):
+        raise TypeError(f"paths is '{paths}'; give the paths of all layers, ['{paths}', …]")
     return _LayerAdaptive({path: index / len(paths) for index, path in enumerate(paths)})
 
 

@@ -5,7 +5,7 @@ again. The tensors of one chunk stay in the processor's cache, and only one chun
 `gather` do the same over many processes or machines.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -78,11 +78,13 @@ def stack(members: Sequence[T]) -> T:
 
     Raises:
         ValueError: no members, or trees or shapes that differ.
-        TypeError: dtypes that differ.
+        TypeError: dtypes that differ, a leaf that is no tensor, or one tree in place of several.
     """
-    if not members:
-        raise ValueError("members is empty; stack takes at least one tree")
+    if isinstance(members, Mapping | str) or not isinstance(members, Iterable):
+        raise TypeError(f"members is {type(members).__name__}; give a list of trees, stack([first, second])")
     flat = [trees.flatten(member) for member in members]
+    if not flat:
+        raise ValueError("members is empty; stack takes at least one tree")
     check_alike(flat, "member")
     first, structure = flat[0]
     stacked: T = trees.unflatten(structure, {path: torch.stack([leaves[path] for leaves, _ in flat]) for path in first})
@@ -192,6 +194,8 @@ def check_alike(flat: Sequence[tuple[Leaves, Any]], word: str) -> None:
         if other != structure:
             raise ValueError(f"{word} {index} is a tree of another structure than {word} 0: {other} and {structure}")
         for path, leaf in leaves.items():
+            if not isinstance(leaf, Tensor):
+                raise TypeError(f"leaf '{path}' is {type(leaf).__name__} in {word} {index}; all leaves are tensors")
             if leaf.shape != first[path].shape:
                 shapes = f"{tuple(leaf.shape)} in {word} {index} and {tuple(first[path].shape)} in {word} 0"
                 raise ValueError(f"leaf '{path}' has shape {shapes}; all {word}s of an ensemble are shaped alike")
@@ -222,7 +226,11 @@ def check_whole(name: str, value: int) -> None:
 
 
 def _check_statistics(model: nn.Module) -> None:
-    tracking = [name for name, module in model.named_modules() if getattr(module, "track_running_stats", False)]
+    tracking = [
+        name or type(module).__name__
+        for name, module in model.named_modules()
+        if getattr(module, "track_running_stats", False)
+    ]
     if tracking:
         raise ValueError(
             f"layers {', '.join(tracking)} keep running statistics (track_running_stats=True), which vmap cannot "

@@ -30,12 +30,14 @@ def every(n: int, rule: Any) -> Rule:
 
     Raises:
         TypeError: `n` is not an integer, or `rule` is not a rule.
-        ValueError: `n` is below 1, or the rule is an optimizer.
+        ValueError: `n` is below 1 or beyond 2^63, or the rule is an optimizer.
     """
     if isinstance(n, bool) or not isinstance(n, int):
         raise TypeError(f"n is {n!r}; a period is an integer number of steps: bf.every(100, rule)")
     if n < 1:
         raise ValueError(f"n is {n}; a period is at least 1 step")
+    if n >= 2**63:
+        raise ValueError(f"n is {n}; steps are counted up to 2^63")
     inner = as_rule(rule)
     if inner.phase == "optimizer" and n > 1:
         raise ValueError(

@@ -41,18 +41,22 @@ def _draw_rates(
                 "or a function (key, weight, nu, path) -> rates, such as bf.distributions.layer_adaptive(paths)"
             )
         distribution = distributions.NAMED[distribution]
+    if not callable(distribution):
+        raise TypeError(
+            f"{name}: distribution is {distribution!r}; give a name or a function (key, weight, nu, path) -> rates"
+        )
     if not isinstance(nu, Tensor) and nu == 0:
         return state
     keys = noise.keys(params)
-    rates = {
-        path: distribution(keys[path], w, nu, path).clamp(min=rate_min).clamp(max=rate_max)
-        for path, w in params.items()
-    }
-    for path, rate in rates.items():
+    drawn = {path: distribution(keys[path], w, nu, path) for path, w in params.items()}
+    for path, rate in drawn.items():
+        if not isinstance(rate, Tensor):
+            raise TypeError(f"{name}: distribution gave {type(rate).__name__} for '{path}'; it must give a tensor")
         if rate.shape != params[path].shape:
             raise ValueError(
                 f"{name}: distribution gave rates of shape {tuple(rate.shape)} for '{path}'; one per synapse"
             )
+    rates = {path: rate.clamp(min=rate_min).clamp(max=rate_max) for path, rate in drawn.items()}
     plasticity = {path: state.plasticity[path] * rate for path, rate in rates.items()}
     return state.replace(plasticity={**state.plasticity, **plasticity}).with_slot(name, innate=rates)
 

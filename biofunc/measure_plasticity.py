@@ -134,7 +134,7 @@ def response_probe(
         Shaped like the loss; positive where learning helps, 0 for a network that cannot learn.
 
     Raises:
-        TypeError: a batch is no tuple or list, or the loss no tensor.
+        TypeError: step is no function, a batch no tuple or list, or the loss no tensor.
         ValueError: there are no batches.
 
     Source: Hofmann, Mäder 2026, arXiv 2610.09621.
@@ -143,6 +143,8 @@ def response_probe(
     for batch in batches:
         if not isinstance(batch, tuple | list):
             raise TypeError(f"batches holds a {type(batch).__name__}; each is a tuple, step(params, state, *batch)")
+        if not callable(step):
+            raise TypeError(f"step is {step!r}; it must be a function")
         params, state = step(params, state, *batch)
         drops.append(start - _loss_of(loss, params))
     if not drops:
@@ -158,6 +160,8 @@ def _loss_of(loss: Callable[[Tree], Tensor], params: Tree) -> Tensor:
 
 
 def _edges(edges: Sequence[float] | Tensor) -> Tensor:
+    if isinstance(edges, str) or not isinstance(edges, Sequence | Tensor):
+        raise TypeError(f"edges are {edges!r}; give two or more numbers that rise")
     rising = isinstance(edges, Tensor) or all([low < high for low, high in pairwise(edges)])
     if len(edges) < 2 or not rising:
         raise ValueError(f"edges are {edges}; give two or more that rise")

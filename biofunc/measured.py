@@ -1,5 +1,6 @@
 """What the measures share: which leaves are measured, and in what form."""
 
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,8 +24,12 @@ def check_floating(name: str, flat: Mapping[str, Any]) -> None:
 
 
 def check_not_negative(name: str, value: float | Tensor) -> None:
-    """Raises a ValueError if a number is below 0; tensors pass."""
-    if not isinstance(value, Tensor) and not value >= 0:
+    """Raises an error unless the value is a tensor or a number that is not below 0."""
+    if isinstance(value, Tensor):
+        return
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} is {value!r}; it must be a number or a tensor")
+    if not value >= 0:
         raise ValueError(f"{name} is {value}; it must be 0 or larger")
 
 

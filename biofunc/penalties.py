@@ -27,6 +27,7 @@ def l1_penalty(params: Tree, *, where: Selection = None) -> Tensor:
 
     Differs: the original sums its learning-rate factors instead of the weights, without a gradient.
     """
+    trees.check_given(params)
     flat, _ = trees.flatten(params)
     trees.check_params(flat)
     paths = [p for p, leaf in flat.items() if is_synapse(p, leaf)] if where is None else select_paths(where, flat)

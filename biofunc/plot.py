@@ -64,6 +64,7 @@ def learning_curves(
     Raises:
         ValueError: no curves, a shape that is not `(members, time)`, as many steps as there are not times, a baseline
             that is no arm, or a `symlog` that is not positive.
+        TypeError: curves is no dict, or `ax` no axes.
     """
     if baseline is not None and baseline not in curves:
         raise ValueError(f"baseline is '{baseline}'; the curves are {', '.join(curves)}")
@@ -92,7 +93,7 @@ def survival_curve(
         The axes, in per cent.
 
     Raises:
-        ValueError: as for `learning_curves`.
+        ValueError, TypeError: as for `learning_curves`.
     """
     named = curves if isinstance(curves, Mapping) else {"": curves}
     percent = {name: 100 * _numbers(values) for name, values in named.items()}
@@ -225,6 +226,7 @@ def forest(
 
     Raises:
         ValueError: no arms, an interval that is not three numbers in order, or a `symlog` that is not positive.
+        TypeError: `ax` is no axes.
     """
     if not intervals:
         raise ValueError("intervals is empty; give at least one arm")
@@ -287,6 +289,8 @@ def _verdict(name: str, interval: Sequence[float], higher_is_better: bool) -> st
 
 
 def _draw_curves(curves: Curves, steps: Any, baseline: str | None, ax: Axes | None) -> Axes:
+    if not isinstance(curves, Mapping):
+        raise TypeError(f"curves is {type(curves).__name__}; give a dict of curves by name")
     runs = {name: numpy.atleast_2d(_numbers(values)) for name, values in curves.items()}
     if not runs:
         raise ValueError("curves is empty; give at least one")
@@ -325,6 +329,8 @@ def _axes(ax: Axes | None) -> Axes:
         from matplotlib import pyplot
 
         ax = pyplot.subplots(layout="constrained")[1]
+    if not isinstance(ax, Axes):
+        raise TypeError(f"ax is {type(ax).__name__}; give axes of matplotlib, pyplot.subplots()[1]")
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 

@@ -14,7 +14,9 @@ used once: to draw, or to derive other keys.
 """
 
 import math
+import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,10 +43,10 @@ def uniform(key: Tensor, shape: Sequence[int] = (), *, dtype: torch.dtype = torc
         `(..., *shape)` of `dtype`.
 
     Raises:
-        TypeError: `key` is not a key, or `dtype` is not one of the four.
+        TypeError: `key` is not a key, `shape` is not a shape, or `dtype` is not one of the four.
     """
     check_key(key)
-    count = math.prod(shape)
+    count = _size("shape", shape)
     kinds = {torch.float32: "uniform", torch.float16: "uniform of 11 bits", torch.bfloat16: "uniform of 8 bits"}
     if dtype == torch.float64:
         high, low = philox.words(key, 2 * count).reshape((*key.shape[:-1], count, 2)).unbind(-1)
@@ -73,12 +75,12 @@ def normal(key: Tensor, shape: Sequence[int] = (), *, dtype: torch.dtype = torch
         `(..., *shape)` of `dtype`.
 
     Raises:
-        TypeError: `key` is not a key, or `dtype` is not floating.
+        TypeError: `key` is not a key, `shape` is not a shape, or `dtype` is not floating.
     """
     check_key(key)
-    if not dtype.is_floating_point:
-        raise TypeError(f"dtype is {dtype}; normal draws floating dtypes")
-    draw = philox.draws(key, math.prod(shape), "normal")
+    if not _is_floating(dtype):
+        raise TypeError(f"dtype is {dtype!r}; normal draws floating dtypes, torch.float32")
+    draw = philox.draws(key, _size("shape", shape), "normal")
     return draw.to(dtype).reshape((*key.shape[:-1], *shape))
 
 
@@ -94,11 +96,13 @@ def bernoulli(key: Tensor, p: float | Tensor = 0.5, shape: Sequence[int] | None 
         bool `(..., *shape)`.
 
     Raises:
-        TypeError: `key` is not a key.
+        TypeError: `key` is not a key, `shape` is not a shape, or `p` no number or tensor.
         ValueError: `p` is a number outside [0, 1].
     """
-    if not isinstance(p, Tensor) and not 0 <= p <= 1:
-        raise ValueError(f"p is {p}; a probability lies in [0, 1]")
+    if not isinstance(p, Tensor):
+        _check_number("p", p)
+        if not 0 <= p <= 1:
+            raise ValueError(f"p is {p}; a probability lies in [0, 1]")
     if shape is None:
         shape = p.shape if isinstance(p, Tensor) else ()
     draw: Tensor = uniform(key, shape) < p
@@ -117,12 +121,12 @@ def rademacher(key: Tensor, shape: Sequence[int] = (), *, dtype: torch.dtype = t
         `(..., *shape)` of `dtype`.
 
     Raises:
-        TypeError: `key` is not a key, or `dtype` cannot hold -1.
+        TypeError: `key` is not a key, `shape` is not a shape, or `dtype` cannot hold -1.
     """
     check_key(key)
-    if not (dtype.is_floating_point or dtype.is_signed):
-        raise TypeError(f"dtype is {dtype}, which cannot hold -1; give a floating or signed integer dtype")
-    words = philox.words(key, math.prod(shape))
+    if not isinstance(dtype, torch.dtype) or not (dtype.is_floating_point or dtype.is_signed):
+        raise TypeError(f"dtype is {dtype!r}, which cannot hold -1; give a floating or signed integer dtype")
+    words = philox.words(key, _size("shape", shape))
     return philox.to_sign(words).to(dtype).reshape((*key.shape[:-1], *shape))
 
 
@@ -150,8 +154,9 @@ def gamma(
         `shape` of `dtype`.
 
     Raises:
-        TypeError: `key` is not a key, or `dtype` is not floating.
-        ValueError: the concentration is a number that is not positive.
+        TypeError: `key` is not a key, `shape` is not a shape, or `dtype` is not floating.
+        ValueError: the concentration is a number that is not positive, or a tensor of another shape; or `key` holds
+            several.
 
     Source: Marsaglia, Tsang 2000, doi 10.1145/358407.358414.
     """
@@ -179,9 +184,12 @@ def beta(
         `shape` of `dtype`.
 
     Raises:
-        TypeError: `key` is not a key, or `dtype` is not floating.
-        ValueError: a concentration is a number that is not positive.
+        TypeError: `key` is not a key, `shape` is not a shape, or `dtype` is not floating.
+        ValueError: a concentration is a number that is not positive, or a tensor of another shape; or `key` holds
+            several.
     """
+    for name, concentration in (("a", a), ("b", b)):
+        _check_concentration(name, concentration)
     if shape is None:
         shape = (torch.as_tensor(a) + torch.as_tensor(b)).shape
     left, right = split(key)
@@ -197,15 +205,20 @@ def _log_gamma(
 ) -> Tensor:
     """Logarithm of a gamma draw, float64: small concentrations give draws that would underflow."""
     check_key(key)
-    if not dtype.is_floating_point:
-        raise TypeError(f"dtype is {dtype}; gamma and beta draw floating dtypes")
-    if not isinstance(concentration, Tensor) and not concentration > 0:
-        raise ValueError(f"{name} is {concentration}; a concentration is positive")
+    if key.dim() != 1:
+        raise ValueError(f"key has shape {tuple(key.shape)}; gamma and beta take one key: use torch.vmap for several")
+    if not _is_floating(dtype):
+        raise TypeError(f"dtype is {dtype!r}; gamma and beta draw floating dtypes, torch.float32")
+    _check_concentration(name, concentration)
     if not isinstance(concentration, Tensor):
         concentration = torch.full((), concentration, device=key.device, dtype=torch.float64)
     alpha = concentration.to(key.device, torch.float64)
     shape = alpha.shape if shape is None else shape
-    count = math.prod(shape)
+    count = _size("shape", shape)
+    if len(alpha.shape) > len(shape) or any(
+        [size not in (1, wanted) for size, wanted in zip(alpha.shape[::-1], tuple(shape)[::-1], strict=False)]
+    ):
+        raise ValueError(f"{name} has shape {tuple(alpha.shape)}, which does not broadcast to shape {tuple(shape)}")
     # Below 1: gamma(alpha) = gamma(alpha + 1) U^(1 / alpha)
     d = torch.where(alpha < 1, alpha + 1, alpha) - 1 / 3
     keys = split(key, _GAMMA_ROUNDS + 1)
@@ -226,3 +239,30 @@ def _log_gamma(
 def _open_uniform(words: Tensor) -> Tensor:
     """float64 uniforms of (0, 1), 32 bits: the middle of each of 2^32 intervals."""
     return (words.to(torch.float64) + 0.5) / 2**32
+
+
+def _size(name: str, shape: Any) -> int:
+    """How many numbers a shape holds; raises unless it is one."""
+    if not isinstance(shape, Sequence) or isinstance(shape, str):
+        raise TypeError(f"{name} is {shape!r}; give a tuple of integers, ({shape},)")
+    for length in shape:
+        if isinstance(length, bool) or not isinstance(length, int | torch.SymInt) or length < 0:
+            raise TypeError(f"{name} is {tuple(shape)}; it must hold integers of at least 0")
+    return math.prod(shape)
+
+
+def _is_floating(dtype: Any) -> bool:
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} is {value!r}; it must be a number or a tensor")
+
+
+def _check_concentration(name: str, value: Any) -> None:
+    if isinstance(value, Tensor):
+        return
+    _check_number(name, value)
+    if not value > 0:
+        raise ValueError(f"{name} is {value}; a concentration is positive")

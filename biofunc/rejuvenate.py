@@ -80,7 +80,7 @@ def rejuvenate_weights(
         largest = finite_max(size)
         if rate is not None:
             frailty = (size + _tie_break(largest)) / first[path].abs() if small else first[path]
-            dies = _smallest(frailty, w.numel() * rate, coin[path]) & (size < torch.inf)
+            dies = _smallest(frailty, rate, coin[path]) & (size < torch.inf)
         elif small:  # False where w is NaN or infinite; in place, in a product that nobody else has
             dies = torch.abs_(first[path] * (largest / dre)) > size
         else:
@@ -99,9 +99,10 @@ def _tie_break(largest: Tensor) -> Tensor:
     return largest * torch.finfo(largest.dtype).eps + torch.finfo(largest.dtype).tiny
 
 
-def _smallest(values: Tensor, expected: float | Tensor, coin: Tensor) -> Tensor:
-    """Mask of the smallest values; their number is `expected`, rounded up with its fraction as probability."""
-    number = torch.floor(expected + coin)
+def _smallest(values: Tensor, rate: float | Tensor, coin: Tensor) -> Tensor:
+    """Mask of the smallest n rate of n values, rounded up with their fraction as probability."""
+    rate = rate.double() if isinstance(rate, Tensor) else rate
+    number = torch.floor(values.numel() * rate + coin.double())  # float32 counts to 2^24 only
     order = values.flatten().argsort()
     chosen = torch.arange(values.numel(), device=values.device) < number
     return torch.empty_like(order, dtype=torch.bool).scatter(0, order, chosen).reshape(values.shape)

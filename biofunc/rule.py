@@ -239,7 +239,10 @@ class Rule:
             TypeError: it is none of what the keyword takes.
             ValueError: it is out of range, no choice, or a tensor that is not 0-d.
         """
-        if name in self.choices and not any(value is choice or value == choice for choice in self.choices[name]):
+        # Of one type: 1 == True, and a tensor has no single truth
+        if name in self.choices and not any(
+            [isinstance(value, type(choice)) and value == choice for choice in self.choices[name]]
+        ):
             shown = " or ".join(map(repr, self.choices[name]))
             raise ValueError(f"{self.name}: {name} is {value!r}; it must be {shown}")
         if name not in self.ranges or (value is None and self.ranges[name].optional):
@@ -250,6 +253,8 @@ class Rule:
                     f"{self.name}: {name} has shape {tuple(value.shape)}; it must be a number or a 0-d tensor: "
                     "torch.vmap tries several values"
                 )
+            if value.is_complex() or value.dtype == torch.bool:
+                raise TypeError(f"{self.name}: {name} is a tensor of dtype {value.dtype}; it must be real")
         elif callable(value):
             if name in self.at_init:
                 raise TypeError(f"{self.name}: {name} acts at init and takes no schedule; give a number or a tensor")
@@ -275,7 +280,8 @@ def as_rule(given: Any) -> Rule:
     if isinstance(getattr(given, "rule", None), Rule):
         made: Rule = given.rule
         return made
-    shown = getattr(given, "__name__", repr(given))
+    owner = torch.optim.Optimizer | torch.nn.Module  # what their repr says takes lines
+    shown = getattr(given, "__name__", type(given).__name__ if isinstance(given, owner) else str(given))
     maker = {"SGD": "sgd", "Adam": "adam", "AdamW": "adamw"}.get(shown, shown)
     if isinstance(given, list | tuple):
         hint = "hand rules over one by one, bf.chain(*rules)"
@@ -299,8 +305,10 @@ def named(name: str, rule: Any) -> Rule:
         The rule under its new name.
 
     Raises:
-        TypeError: `rule` is not a rule.
+        TypeError: `rule` is not a rule, or `name` no name.
     """
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"name is {name!r}; give a name, bf.named('another name', rule)")
     return dataclasses.replace(as_rule(rule), name=name)
 
 

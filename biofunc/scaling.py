@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from biofunc.activity import observed
+from biofunc.bias_correction import bias_correction
 from biofunc.decorator import GIVEN, REQUIRED, rule
 from biofunc.reductions import finite_mean
 from biofunc.rule import Hyperparameter
@@ -104,7 +105,7 @@ def synaptic_scaling(
         target = target(state.step)
 
     def running_mean(a: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        share = (1 - decay) / (1 - decay ** t.clamp(min=1))
+        share = (1 - decay) / bias_correction(decay, t.clamp(min=1))  # (1 - decay) / (1 - decay^t)
         return torch.where(t > 1, a + share * (x - a), x)
 
     def scaled(w: Tensor, error: Tensor) -> Tensor:

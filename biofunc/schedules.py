@@ -47,7 +47,7 @@ def linear(start: float | Tensor, stop: float | Tensor, steps: int) -> Schedule:
 
     Raises:
         ValueError: `steps` is below 1, or a value is not finite.
-        TypeError: a value is no number or tensor.
+        TypeError: a value is no number or tensor, or `steps` no integer.
     """
     _check_steps(steps)
     _check_finite(start=start, stop=stop)
@@ -67,7 +67,7 @@ def cosine(start: float | Tensor, stop: float | Tensor, steps: int) -> Schedule:
 
     Raises:
         ValueError: `steps` is below 1, or a value is not finite.
-        TypeError: a value is no number or tensor.
+        TypeError: a value is no number or tensor, or `steps` no integer.
     """
     _check_steps(steps)
     _check_finite(start=start, stop=stop)
@@ -87,9 +87,10 @@ def exponential(start: float | Tensor, factor: float | Tensor, steps: int) -> Sc
 
     Raises:
         ValueError: `steps` is below 1, a value is not finite, or `factor` not positive.
-        TypeError: a value is no number or tensor.
+        TypeError: a value is no number or tensor, or `steps` no integer.
     """
     _check_steps(steps)
+    _check_number("factor", factor)
     if not isinstance(factor, Tensor) and not factor > 0:
         raise ValueError(f"factor is {factor}; it must be positive")
     _check_finite(start=start, factor=factor)
@@ -107,14 +108,18 @@ def piecewise(start: float | Tensor, values: Mapping[int, float | Tensor]) -> Sc
         `step -> the value of the last step named that is not later, else start`.
 
     Raises:
-        ValueError: a step is below 1, or a value is not finite.
-        TypeError: a step is no integer, or a value no number or tensor.
+        ValueError: a step is below 1 or beyond 2^63, or a value is not finite.
+        TypeError: values is no dict, a step no integer, or a value no number or tensor.
     """
+    if not isinstance(values, Mapping):
+        raise TypeError(f"values is {type(values).__name__}; give a dict of values by step, {{1000: 0.01}}")
     for step in values:
         if isinstance(step, bool) or not isinstance(step, int):
             raise TypeError(f"values names step {step!r}; steps are integers")
         if step < 1:
             raise ValueError(f"values names step {step}; the value of step 0 is start, named steps begin at 1")
+        if step >= 2**63:
+            raise ValueError(f"values names step {step}; steps are counted up to 2^63")
     _check_finite(start=start, **{f"values[{step}]": value for step, value in values.items()})
 
     def schedule(step: Tensor) -> Tensor:
@@ -132,14 +137,18 @@ def _progress(step: Tensor, steps: int) -> Tensor:
 
 def _check_finite(**values: float | Tensor) -> None:
     for name, number in values.items():
-        if isinstance(number, Tensor):
-            continue
-        if isinstance(number, bool) or not isinstance(number, numbers.Real):
-            raise TypeError(f"{name} is {number!r}; it must be a number or a 0-d tensor")
-        if not math.isfinite(number):
+        _check_number(name, number)
+        if not isinstance(number, Tensor) and not math.isfinite(number):
             raise ValueError(f"{name} is {number}; it must be finite")
 
 
+def _check_number(name: str, number: float | Tensor) -> None:
+    if isinstance(number, bool) or not isinstance(number, numbers.Real | Tensor):
+        raise TypeError(f"{name} is {number!r}; it must be a number or a 0-d tensor")
+
+
 def _check_steps(steps: int) -> None:
+    if isinstance(steps, bool) or not isinstance(steps, int):
+        raise TypeError(f"steps is {steps!r}; a number of steps is an integer")
     if steps < 1:
         raise ValueError(f"steps is {steps}; it must be at least 1")

@@ -28,9 +28,11 @@ def layers(model: nn.Module, *types: type[nn.Module]) -> Callable[[str, Tensor],
         A predicate for `where=`: true for the parameters of two or more dimensions that belong to such a layer.
 
     Raises:
-        TypeError: a type is not a layer class.
+        TypeError: model is not a module, or a type not a layer class.
         ValueError: the model has no such layer.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__}; layers takes an nn.Module and layer classes")
     for kind in types:
         if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
             raise TypeError(f"types holds {kind!r}; give layer classes, bf.layers(model, torch.nn.Linear)")
@@ -64,6 +66,9 @@ def is_synapse(path: str, leaf: Tensor) -> bool:
     return leaf.dim() >= 2
 
 
+_SELECTIONS = "a glob on paths, a predicate, a tree of bools like the parameters, or bf.layers(model, torch.nn.Linear)"
+
+
 @dataclasses.dataclass(frozen=True)
 class Mask:
     """A mask tree as a flat dict."""
@@ -73,6 +78,8 @@ class Mask:
 
 def prepared(where: Selection) -> Selection:
     """The selection in a form that a compiled step can use: a mask tree is flattened once, outside the trace."""
+    if where is None:
+        raise TypeError(f"where is None; give {_SELECTIONS}")
     return where if isinstance(where, str) or callable(where) else _mask(where)
 
 
@@ -110,10 +117,13 @@ def select_paths(where: Selection, params: Leaves) -> list[str]:
 
 def _from_mask(mask: dict[str, Any], params: Leaves) -> list[str]:
     for path, flag in mask.items():
+        if not path and path not in params:
+            raise TypeError(f"where is {flag!r}; give {_SELECTIONS}")
         if path not in params:
             raise KeyError(f"where has a leaf '{path}' that params lacks")
         if not isinstance(flag, bool):
-            raise TypeError(f"where leaf '{path}' is {flag!r}; a mask tree holds True or False for each leaf of params")
+            shown = f"a tensor of dtype {flag.dtype}" if isinstance(flag, Tensor) else repr(flag)
+            raise TypeError(f"where leaf '{path}' is {shown}; a mask tree holds True or False for each leaf of params")
     for path in params:
         if path not in mask:
             raise KeyError(f"where has no leaf '{path}' that params has; a mask tree holds one bool per leaf")

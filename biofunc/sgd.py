@@ -37,6 +37,7 @@ def sgd(*, momentum: Hyperparameter = 0.0, nesterov: bool = False, weight_decay:
 @rule(
     phase="optimizer",
     ranges={"momentum": "[0, 1)", "weight_decay": "[0, inf)"},
+    choices={"nesterov": (True, False)},
     memory={"momentum": 0.0},
     every_leaf=True,
 )

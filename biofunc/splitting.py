@@ -108,6 +108,8 @@ def split_synapses(
         raise TypeError(f"model is {type(model).__name__}; split_synapses takes an nn.Module")
     if activation is not None and (isinstance(activation, type) or not callable(activation)):
         raise TypeError(f"activation is {activation!r}; give a function of a tensor, torch.relu or torch.nn.ReLU()")
+    if skip is not None and not isinstance(skip, Sequence):
+        raise TypeError(f"skip is {skip!r}; give 'last', globs on names of layers, or None")
     if isinstance(gamma, bool) or not isinstance(gamma, int):
         raise TypeError(f"gamma is {gamma!r}; the number of contacts is an integer")
     if gamma < 1:

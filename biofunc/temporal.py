@@ -25,7 +25,7 @@ def _birth(params: Leaves, state: BioState, *, nu: float | Tensor = 0.16, noise:
     keys = noise.keys(params)
     innate = {path: distributions.uniform(keys[path], w, nu, path) for path, w in params.items()}
     plasticity = {path: state.plasticity[path] * rate for path, rate in innate.items()}
-    calls = {path: state.step.to(w.device, w.dtype) for path, w in params.items()}
+    calls = {path: state.step.to(w.device) + 0 for path, w in params.items()}  # int64: float32 counts to 2^24 only
     state = state.replace(plasticity={**state.plasticity, **plasticity})
     return state.with_slot(name, innate=innate, calls=calls)
 
@@ -95,11 +95,12 @@ def temporal_learning_rates(
     (u,) = noise.draw(params, "uniform")
     innate: Leaves = {}
     calls: Leaves = {}
+    period = renewal_period.double() if isinstance(renewal_period, Tensor) else renewal_period
     for path, rate in slot["innate"].items():
         if path not in params:
             continue
         calls[path] = slot["calls"][path] + 1
-        shaken = torch.where(calls[path] % renewal_period == 0, renewal * nu * (2 * u[path] - 1), 0.0)
+        shaken = torch.where(calls[path].double() % period == 0, renewal * nu * (2 * u[path] - 1), 0.0)
         innate[path] = (1 + (rate - 1) * decay + shaken).clamp(min=rate_min).clamp(max=rate_max)
     plasticity = {path: state.plasticity[path] * (innate[path] / slot["innate"][path]) for path in innate}
     state = state.replace(plasticity={**state.plasticity, **plasticity})

@@ -68,6 +68,12 @@ def zero_of(leaves: Iterable[Tensor], device: torch.device) -> Tensor:
     return zero
 
 
+def check_given(params: Tree) -> None:
+    """Raises a TypeError for None, which would pass for a tree without leaves."""
+    if params is None:
+        raise TypeError("params is None; give a tree of tensors, dict(model.named_parameters())")
+
+
 def check_params(params: dict[str, Any]) -> None:
     """Raises a TypeError that names the first leaf which is not a floating-point tensor."""
     for path, leaf in params.items():
