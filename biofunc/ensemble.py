@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from biofunc import trees
+from biofunc.sharding import check_module
 from biofunc.trees import Leaves
 
 __all__ = ["init", "join", "split", "stack", "unstack"]
@@ -34,7 +35,7 @@ def init(make_model: Callable[[], nn.Module], seeds: Iterable[int]) -> tuple[Lea
         `torch.func.functional_call(make_model(), (params, buffers), x)` inside `vmap`.
 
     Raises:
-        TypeError: a seed is not an integer, or `make_model` returns no module.
+        TypeError: a seed is not an integer, or `make_model` returns no module, or one that FSDP has wrapped.
         ValueError: no seeds, a seed beyond 64 bits, members of different shapes, or a layer keeps running statistics.
     """
     if isinstance(make_model, nn.Module) or not callable(make_model):
@@ -55,6 +56,7 @@ def init(make_model: Callable[[], nn.Module], seeds: Iterable[int]) -> tuple[Lea
             model = make_model()
             if not isinstance(model, nn.Module):
                 raise TypeError(f"make_model returned {type(model).__name__}; it must return an nn.Module")
+            check_module("make_model", model)
             _check_statistics(model)
             members.append(
                 (

@@ -15,6 +15,7 @@ from biofunc import distributions
 from biofunc.decorator import rule
 from biofunc.distributions import Distribution
 from biofunc.noise import Noise
+from biofunc.sharding import placed
 from biofunc.state import BioState
 from biofunc.trees import Leaves
 
@@ -53,6 +54,7 @@ def _draw_rates(
             raise ValueError(
                 f"{name}: distribution gave rates of shape {tuple(rate.shape)} for '{path}'; one per synapse"
             )
+    rates = {path: placed(rate, params[path]) for path, rate in rates.items()}
     plasticity = {path: state.plasticity[path] * rate for path, rate in rates.items()}
     return state.replace(plasticity={**state.plasticity, **plasticity}).with_slot(name, innate=rates)
 

@@ -31,7 +31,8 @@ class Part:
 
     def shifted(self, by: int) -> "Part":
         """The part whose elements come so many later in the stream."""
-        return dataclasses.replace(self, first=self.first + by, starts=None if self.starts is None else self.starts + by)
+        starts = None if self.starts is None else self.starts + by
+        return dataclasses.replace(self, first=self.first + by, starts=starts)
 
     def doubled(self) -> "Part":
         """The part of a stream that has two words for each element."""
@@ -59,7 +60,8 @@ def words(key: Tensor, part: Part) -> Tensor:
     """What `philox.words(key, …)` has at a part, flat."""
     if part.starts is None:
         block, lane, count = part.blocks()
-        return philox.words(torch.stack([key[0], philox.advanced(key[1], torch.full_like(key[1], block))]), count)[lane:]
+        offset = philox.advanced(key[1], torch.full_like(key[1], block))
+        return philox.words(torch.stack([key[0], offset]), count)[lane:]
     keys, width = _keys_of_runs(key, part)
     return _picked(philox.words(keys, 4 * width), part)
 

@@ -144,7 +144,8 @@ def placed(leaf: Tensor, like: Tensor) -> Tensor:
     """A tensor placed like a DTensor of its shape; of a plain one, the same on all processes, each takes its part."""
     if not is_sharded(like):
         return leaf
-    return _placed(leaf, like, like.device_mesh, like.placements)  # type: ignore[attr-defined]
+    given: Any = like
+    return _placed(leaf, given.device_mesh, given.placements)
 
 
 def per_neuron(values: Tensor, weight: Tensor) -> Tensor:
@@ -154,10 +155,10 @@ def per_neuron(values: Tensor, weight: Tensor) -> Tensor:
     from torch.distributed.tensor import Replicate
 
     given: Any = weight
-    return _placed(values, values, given.device_mesh, [p if cuts(p, 0) else Replicate() for p in given.placements])
+    return _placed(values, given.device_mesh, [p if cuts(p, 0) else Replicate() for p in given.placements])
 
 
-def _placed(leaf: Tensor, like: Tensor, mesh: Any, placements: Sequence[Any]) -> Tensor:
+def _placed(leaf: Tensor, mesh: Any, placements: Sequence[Any]) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     given: Any = leaf
@@ -168,7 +169,8 @@ def _placed(leaf: Tensor, like: Tensor, mesh: Any, placements: Sequence[Any]) ->
         return moved
     for axis in range(leaf.dim()):
         pieces = _pieces(leaf.shape, axis, mesh, placements)
-        given = torch.cat([given.narrow(axis, low, high - low) for low, high in pieces] or [given.narrow(axis, 0, 0)], axis)
+        held = [given.narrow(axis, low, high - low) for low, high in pieces or ((0, 0),)]
+        given = held[0] if len(held) == 1 else torch.cat(held, axis)
     stride = tuple([math.prod(leaf.shape[axis + 1 :]) for axis in range(leaf.dim())])
     made: Tensor = DTensor.from_local(given, mesh, placements, run_check=False, shape=leaf.shape, stride=stride)
     return made
@@ -229,11 +231,11 @@ def check_module(name: str, model: nn.Module) -> None:
         return
     for path, module in model.named_modules():
         if isinstance(module, fsdp.FSDPModule | fsdp.FullyShardedDataParallel):
+            place = f"layer '{path}' of the model" if path else "the model"
             raise TypeError(
-                f"{name}: {f'layer {path!r} of the model' if path else 'the model'} is wrapped by FSDP, whose hooks put "
-                "their own parameters in the place of those that are handed over, without an error; give the module as "
-                "it was before fully_shard (a copy on the meta device will do) and hand the DTensors to it, or let the "
-                "rules act with bf.attach"
+                f"{name}: {place} is wrapped by FSDP, whose hooks put their own parameters in the place of those that "
+                "are handed over, without an error; give the module as it was before fully_shard (a copy on the meta "
+                "device will do) and hand the DTensors to it, or let the rules act with bf.attach"
             )
 
 
