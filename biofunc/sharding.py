@@ -172,6 +172,7 @@ def _placed(leaf: Tensor, mesh: Any, placements: Sequence[Any]) -> Tensor:
         held = [given.narrow(axis, low, high - low) for low, high in pieces or ((0, 0),)]
         given = held[0] if len(held) == 1 else torch.cat(held, axis)
     stride = tuple([math.prod(leaf.shape[axis + 1 :]) for axis in range(leaf.dim())])
+    given = given.contiguous()
     made: Tensor = DTensor.from_local(given, mesh, placements, run_check=False, shape=leaf.shape, stride=stride)
     return made
 
