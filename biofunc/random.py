@@ -22,7 +22,7 @@ from torch import Tensor
 from biofunc import parts, philox
 from biofunc.accelerate import accelerate
 from biofunc.keys import check_key, fold_in, key, split
-from biofunc.sharding import assembled, is_sharded, local, part_of, placed
+from biofunc.sharding import assembled, check_unwrapped, is_sharded, local, part_of, placed
 
 __all__ = ["accelerate", "bernoulli", "beta", "fold_in", "gamma", "key", "normal", "rademacher", "split", "uniform"]
 
@@ -151,6 +151,7 @@ def _wanted(key: Tensor, shape: Sequence[int], like: Tensor | None) -> tuple[par
     if tuple(shape) not in ((), tuple(like.shape)):
         raise ValueError(f"shape is {tuple(shape)} and like has shape {tuple(like.shape)}; give one of them")
     if not is_sharded(like):
+        check_unwrapped(like)
         return None, like.shape
     if key.dim() != 1:
         raise ValueError(f"key has shape {tuple(key.shape)}, and like is a DTensor; draw with one key")

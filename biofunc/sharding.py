@@ -32,10 +32,25 @@ def is_sharded(leaf: Any) -> bool:
 def part_of(leaf: Tensor) -> Part:
     """The part of a leaf that this process holds: all of a plain tensor."""
     if not is_sharded(leaf):
+        check_unwrapped(leaf)
         return Part(tuple(leaf.shape), leaf.numel())
     given: Any = leaf
     arguments = (tuple(leaf.shape), given.device_mesh, tuple(given.placements), leaf.device)
     return _part(*arguments) if torch.compiler.is_compiling() else _cached_part(*arguments)
+
+
+def check_unwrapped(leaf: Tensor) -> None:
+    """Raises a TypeError for a DTensor that a transformation of torch.func has wrapped: its part is out of reach."""
+    if torch.compiler.is_compiling():
+        return
+    functorch: Any = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(leaf):
+        leaf = functorch.get_unwrapped(leaf)
+        if is_sharded(leaf):
+            raise TypeError(
+                "noise was asked for a DTensor inside grad or vmap of torch.func; take the gradients first and call "
+                "the rules outside, or vmap over local tensors"
+            )
 
 
 def _part(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...], device: torch.device) -> Part:
