@@ -30,8 +30,8 @@ from biofunc.rule import as_rule
 
 STEPS = 20
 FEW = 3
-LIMIT = 120
-"""Seconds after which processes that wait for each other are given up."""
+PATIENCE, LIMIT = 60, 240
+"""Seconds that a process waits for another, after which it fails, and seconds for all the work of one world size."""
 
 
 class Notes:
@@ -85,8 +85,6 @@ def layout(world):
         "rows": ((7, 5), line, [Shard(0)]),
         "columns": ((7, 5), line, [Shard(1)]),
         "few": ((3, 9), line, [Shard(0)]),
-        "kernel": ((6, 3, 2, 2), line, [Shard(1)]),
-        "whole": ((4, 3), line, [Replicate()]),
         "bias": ((7,), line, [Shard(0)]),
     }
     if world == 4:
@@ -95,10 +93,12 @@ def layout(world):
             "grid": ((7, 5), grid, [Shard(0), Shard(1)]),
             "hybrid": ((7, 5), grid, [Replicate(), Shard(0)]),
             "twice": ((9, 4), grid, [Shard(0), Shard(0)]),
-            "crossed": ((5, 6, 2), grid, [Shard(1), Shard(0)]),
+            "kernel": ((4, 6, 2), grid, [Shard(1), Shard(0)]),
             "strided": ((8, 5), grid, [_StridedShard(0, split_factor=2), Shard(0)]),
             "woven": ((8, 5), grid, [_StridedShard(0, split_factor=2), Replicate()]),
         }
+    else:
+        found |= {"kernel": ((6, 3, 2, 2), line, [Shard(1)]), "whole": ((4, 3), line, [Replicate()])}
     return found
 
 
@@ -141,13 +141,15 @@ def in_chain(rule):
     return bf.chain(rule, *[partial(bf.fuzzy_learning_rates, nu=0)][: rule.writes_rates], bf.descend(0.1))
 
 
-REDUCING = 2**10
-"""Ulps, of a leaf's largest value, that rules with means over a leaf may be away after 20 steps: partial sums are added
-in another order, which moves a mean by some ulps, and each step carries that on."""
+REDUCING = 32
+"""Float32 ulps of a leaf's largest value that rules with means over a leaf may be away after 20 steps: partial sums are
+added in another order, which moves a mean by an ulp or two, and each step carries that on. 1.9 were seen."""
 
 
 def rules(notes, data):
     for (row, settings), name in zip(CASES, IDS, strict=True):
+        if settings and not row.reduces and len(data.places) > 6:  # four processes take their time
+            continue
         rule, signals = row.make(**settings), {}
         if row.given in ("activity_dependent_rates", "synaptic_scaling"):  # handed over here, as users do
             rule, signals = as_rule(partial(getattr(bf, row.given), **settings)), {"activity": data.activity}
@@ -285,7 +287,7 @@ def measures(notes, data):
             }
         )
     notes.expect(not any(isinstance(leaf, DTensor) for leaf in leaves(results[0]["consistency"]).values()), "measures")
-    notes.same(*results, "measures", 64)  # the weights differ by what the means of crystallize do
+    notes.same(*results, "measures", REDUCING)  # the weights differ by what the means of crystallize do
 
 
 def refusals(notes, data, world):
@@ -362,8 +364,8 @@ def modules(notes, world):
         params, attached = train(model, make)
         wanted, reference = train(network(), make)
         # The matrix products of a shard are those of the whole layer; their gradients are averaged over the processes
-        notes.same(params, wanted, f"fully_shard {name}", 256)
-        notes.same(attached.state, reference.state, f"state of fully_shard {name}", 256)
+        notes.same(params, wanted, f"fully_shard {name}", REDUCING)
+        notes.same(attached.state, reference.state, f"state of fully_shard {name}", REDUCING)
         attached.load_state_dict(reference.state_dict())
         notes.placed(attached.state.plasticity, params, f"a loaded state of fully_shard {name}")
     if world == 4:
@@ -375,7 +377,7 @@ def modules(notes, world):
         params, attached = train(model, makers["Adam"])
         placements = [type(p).__name__ for p in params["0.weight"].placements]
         notes.expect("_StridedShard" in placements, f"torch made no strided shard but {placements}")
-        notes.same(params, train(network(), makers["Adam"])[0], "fully_shard and tensor parallel", 256)
+        notes.same(params, train(network(), makers["Adam"])[0], "fully_shard and tensor parallel", REDUCING)
     if world > 1:
         key = bf.random.key(dist.get_rank())
         model = fully_shard(network(), mesh=init_device_mesh("cpu", (world,)))
@@ -404,7 +406,7 @@ def functions(notes, world):
     got, wanted = [(params, learn.init(params, bf.random.key(2))) for params in (params, plain)]
     for _ in range(FEW):
         got, wanted = step(*got, x, y), step(*wanted, X, Y)
-    notes.same(got, wanted, "functional_call", 2**12)  # Adam divides by what is left of gradients near 0
+    notes.same(got, wanted, "functional_call", 2 * REDUCING)  # the products of matrices are sums over shards, too
     notes.placed(got[0], params, "functional_call")
 
 
@@ -428,17 +430,18 @@ def compiled(notes, data, world):
 def work(rank, world, folder, checks=()):
     torch.set_num_threads(1)
     warnings.simplefilter("error")
-    warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
+    # Of torch's own making, with FSDP2 on top of tensor parallelism
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     dist.init_process_group(
-        "gloo", f"file://{folder}/store", datetime.timedelta(seconds=60), world_size=world, rank=rank
+        "gloo", f"file://{folder}/store", datetime.timedelta(seconds=PATIENCE), world_size=world, rank=rank
     )
     notes, seconds = Notes(), {}
     try:
         data = Data(world)
         for check in checks or CHECKS:
-            start = time.perf_counter()
+            start = time.process_time()
             CHECKS[check](notes, data, world)
-            seconds[check] = round(time.perf_counter() - start, 1)
+            seconds[check] = round(time.process_time() - start, 1)
     except BaseException:
         notes.wrong.append(traceback.format_exc())
     torch.save({"wrong": notes.wrong, "far": notes.far, "seconds": seconds}, f"{folder}/{rank}.pt")
