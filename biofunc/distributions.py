@@ -53,6 +53,7 @@ def uniform(key: Tensor, weight: Tensor, nu: float | Tensor, path: str) -> Tenso
 
     Raises:
         TypeError: `key` is not a key.
+        ValueError: `key` holds several keys and the weight is a DTensor.
     """
     return 1 + nu * (2 * random.uniform(key, like=weight).to(weight.dtype) - 1)
 
@@ -71,6 +72,7 @@ def normal(key: Tensor, weight: Tensor, nu: float | Tensor, path: str) -> Tensor
 
     Raises:
         TypeError: `key` is not a key.
+        ValueError: `key` holds several keys and the weight is a DTensor.
     """
     return 1 + nu * random.normal(key, dtype=weight.dtype, like=weight)
 
@@ -89,6 +91,7 @@ def lognormal(key: Tensor, weight: Tensor, nu: float | Tensor, path: str) -> Ten
 
     Raises:
         TypeError: `key` is not a key.
+        ValueError: `key` holds several keys and the weight is a DTensor.
     """
     return torch.exp(nu * random.normal(key, dtype=weight.dtype, like=weight) - nu * nu / 2)
 
@@ -107,6 +110,7 @@ def gamma(key: Tensor, weight: Tensor, nu: float | Tensor, path: str) -> Tensor:
 
     Raises:
         TypeError: `key` is not a key.
+        ValueError: `key` holds several keys and the weight is a DTensor.
     """
     spread = _at_least(nu, weight)
     return spread * spread * random.gamma(key, spread**-2, dtype=weight.dtype, like=weight)
@@ -126,6 +130,7 @@ def beta(key: Tensor, weight: Tensor, nu: float | Tensor, path: str) -> Tensor:
 
     Raises:
         TypeError: `key` is not a key.
+        ValueError: `key` holds several keys and the weight is a DTensor.
     """
     spread = _at_least(nu, weight)
     return 1 + spread * (2 * random.beta(key, 1 / spread, 1 / spread, dtype=weight.dtype, like=weight) - 1)
@@ -145,6 +150,7 @@ def weight_adaptive(key: Tensor, weight: Tensor, nu: float | Tensor, path: str) 
 
     Raises:
         TypeError: `key` is not a key.
+        ValueError: `key` holds several keys and the weight is a DTensor.
     """
     size = weight.abs()
     mean = finite_mean(size)

@@ -85,6 +85,7 @@ def normal(
 
     Raises:
         TypeError: `key` is not a key, or `dtype` is not floating.
+        ValueError: `like` has another shape than `shape`.
     """
     check_key(key)
     if not dtype.is_floating_point:
@@ -135,6 +136,7 @@ def rademacher(
 
     Raises:
         TypeError: `key` is not a key, or `dtype` cannot hold -1.
+        ValueError: `like` has another shape than `shape`.
     """
     check_key(key)
     if not (dtype.is_floating_point or dtype.is_signed):
