@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from biofunc.rule import compute_dtype
+from biofunc.sharding import check_module, per_neuron
 from biofunc.trees import Leaves
 from biofunc.wrappers import unwrapped
 
@@ -124,7 +125,7 @@ def observed(rule: str, activity: Any, path: str, w: Tensor) -> Tensor:
             f"{rule}: activity leaf '{path}' has shape {tuple(a.shape)}, its neurons (axis 0 of the weight) "
             f"{tuple(w.shape[:1])}"
         )
-    return a.to(w.dtype)
+    return per_neuron(a.to(w.dtype), w)
 
 
 def record_activity(model: nn.Module, *, measure: Callable[[Tensor], Tensor] = torch.relu) -> Recorder:
@@ -149,13 +150,14 @@ def record_activity(model: nn.Module, *, measure: Callable[[Tensor], Tensor] = t
         missing, as the out_proj of MultiheadAttention is always.
 
     Raises:
-        TypeError: model is not a module, or measure not a function.
+        TypeError: model is not a module or wrapped by FSDP, or measure not a function.
         ValueError: the model has no Linear or Conv layer; in a call: measure changes a shape.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}; record_activity takes an nn.Module")
     if isinstance(measure, type) or not callable(measure):
         raise TypeError(f"measure is {measure!r}; give a function of a tensor, torch.relu or torch.nn.ReLU()")
+    check_module("record_activity", model)
     recorded, tape = copy.deepcopy(unwrapped(model)), Tape()
     names = {id(parameter): name for name, parameter in recorded.named_parameters()}
     paths = set()

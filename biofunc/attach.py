@@ -21,6 +21,7 @@ from biofunc.descend import descend
 from biofunc.rule import Rule, as_rule, named
 from biofunc.selection import Selection
 from biofunc.sgd import sgd
+from biofunc.sharding import groups
 from biofunc.wrappers import parallel_wrapper, unwrapped
 
 __all__ = ["attach"]
@@ -52,7 +53,8 @@ def attach(
 
     Args:
         optimizer: any optimizer of torch.optim; schedulers work as ever.
-        model: the module of which it trains all or some parameters; plain, compiled or wrapped for data parallelism.
+        model: the module of which it trains all or some parameters; plain, compiled, wrapped for data parallelism, or
+            sharded by `fully_shard` or `parallelize_module` (make the optimizer after that).
             Paths are the names in its `named_parameters()`, without the prefixes of these wrappers; a tied parameter
             counts once.
         key: from `biofunc.random.key`; the same on all ranks.
@@ -101,8 +103,8 @@ def attach(
     state = init(copies, key, *[rule for group in rules.values() for rule in group], where=where)
     if any(rule.redraws for rule in rules["weight"]) and torch_memory.counts_age(optimizer):
         state = state.with_slot(torch_memory.SLOT, born=torch_memory.unborn({p: copies[p] for p in state.plasticity}))
-    if parallel is not None:
-        _check_ranks(state.key, parallel.process_group)
+    for process_group in [parallel.process_group] if parallel is not None else groups(params):
+        _check_ranks(state.key, process_group)
     return Attachment(optimizer, params, rules, state, others)
 
 
@@ -142,7 +144,7 @@ def _check_order(rules: dict[str, tuple[Rule, ...]], optimizer: optim.Optimizer)
     chain(*rules["gradient"], step, *rules["update"], descend(1.0), *rules["weight"])
 
 
-def _check_ranks(key: Tensor, group: dist.ProcessGroup) -> None:
+def _check_ranks(key: Tensor, group: "dist.ProcessGroup") -> None:
     keys = [torch.empty_like(key) for _ in range(dist.get_world_size(group))]
     dist.all_gather(keys, key, group=group)
     for rank, other in enumerate(keys):

@@ -13,6 +13,7 @@ from torch import Tensor, nn, optim
 
 from biofunc import torch_memory, trees
 from biofunc.rule import Flat, Rule, compute_dtype, on_leaves
+from biofunc.sharding import aligned, local, placed
 from biofunc.state import BioState
 from biofunc.trees import Leaves
 
@@ -130,7 +131,8 @@ class Attachment:
                 shapes = f"{tuple(new[path].shape)}, here {tuple(leaf.shape)}"
                 raise ValueError(f"state_dict leaf '{path}' has shape {shapes}")
         structure = trees.flatten(given)[1]
-        self.state = trees.unflatten(structure, {path: leaf.to(old[path]) for path, leaf in new.items()})
+        there = {path: placed(leaf.to(old[path].device, old[path].dtype), old[path]) for path, leaf in new.items()}
+        self.state = trees.unflatten(structure, there)
         self._aged = set(state_dict["aged"])
 
     def detach(self) -> None:
@@ -192,7 +194,9 @@ class Attachment:
             if grad.layout != torch.strided:
                 raise TypeError(f"the gradient of '{path}' is sparse; biofunc acts on dense ones, use sparse=False")
         scale = getattr(optimizer, "grad_scale", None)
-        grads = {path: grad.detach() if scale is None else grad.detach() / scale for path, grad in raw.items()}
+        grads = {path: aligned("gradient", path, grad.detach(), step.params[path]) for path, grad in raw.items()}
+        if scale is not None:
+            grads = {path: grad / scale for path, grad in grads.items()}
         _, shaped, state = self._run("gradient", step.params, grads, self.state)
         first = not step.raw
         step.raw = raw
@@ -312,4 +316,4 @@ def _keep(new: BioState, old: BioState, paths: set[str]) -> BioState:
 
 
 def _storage(leaf: Tensor) -> int:
-    return leaf.untyped_storage().data_ptr()
+    return local(leaf).untyped_storage().data_ptr()

@@ -28,6 +28,7 @@ from biofunc.rejuvenate import rejuvenate_weights
 from biofunc.rule import Hyperparameter, as_rule
 from biofunc.selection import ByPath, Selection, layers, select_paths
 from biofunc.sgd import sgd
+from biofunc.sharding import check_module
 from biofunc.splitting import SPLITTABLE, skipped, split_synapses
 from biofunc.state import BioState
 from biofunc.temporal import temporal_learning_rates
@@ -165,7 +166,8 @@ def convert(
         `fuzzy_lr_distribution="activity"`, `learn` needs the signal `activity`; `record_activity(bio.model)` gives it.
 
     Raises:
-        TypeError: a setting that does not exist, with the nearest one that does; what is given makes no module.
+        TypeError: a setting that does not exist, with the nearest one that does; what is given makes no module, or one
+            that FSDP has wrapped.
         ValueError: the model has no synaptic layer, a value out of its range, a combination that has no meaning, or a
             layer whose outputs cannot be split in `weight_splitting_Gamma`.
         KeyError: `where` is a tree that does not match the parameters.
@@ -207,6 +209,7 @@ def _made(model: Any, arguments: tuple[Any, ...]) -> nn.Module:
             raise
         if not isinstance(made, nn.Module):
             raise TypeError(f"{model!r} made {type(made).__name__}; it must make an nn.Module")
+    check_module("convert", made)
     made = copy.deepcopy(unwrapped(made))  # a function may hand out a module that others use
     for name, p in [*made.named_parameters(), *made.named_buffers()]:
         if torch.nn.parameter.is_lazy(p):

@@ -22,6 +22,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from biofunc.decorator import rule
 from biofunc.noise import Noise
+from biofunc.sharding import replicated, settled
 from biofunc.state import BioState
 from biofunc.trees import Leaves
 from biofunc.wrappers import unwrapped
@@ -128,10 +129,12 @@ def outgoing_sum(w: Tensor, axis: int, groups: int) -> Tensor:
     In float64, so that no sign hangs on the order of summation, which vmap changes.
     """
     finite = torch.where(torch.isfinite(w), w, 0.0).double()
-    if w.dim() < 2:
-        return finite.unsqueeze(0)
-    grouped = finite.reshape(groups, w.shape[0] // groups, *w.shape[1:])
-    return grouped.sum([dim for dim in range(1, grouped.dim()) if dim != axis + 1], keepdim=True)
+    if groups == 1:
+        grouped = finite.unsqueeze(0)
+    else:  # groups may straddle the processes that share the leaf
+        grouped = replicated(finite).reshape(groups, w.shape[0] // groups, *w.shape[1:])
+    others = [dim for dim in range(1, grouped.dim()) if dim != axis + 1]
+    return settled(grouped.sum(others, keepdim=True)) if others else grouped
 
 
 def _per_synapse(signs: Tensor, w: Tensor) -> Tensor:

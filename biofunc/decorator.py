@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from biofunc.noise import Noise, init_keys
 from biofunc.rule import INJECTED, Flat, Interval, Phase, Rule, compute_dtype
+from biofunc.sharding import is_sharded, placed
 from biofunc.state import BioState
 from biofunc.trees import Leaves, Tree
 
@@ -55,7 +56,8 @@ def rule(
     The function gets `params` and `grads` as dicts `{path: tensor}` of the synapses alone, in float32 where the
     leaves are bfloat16 or float16, and returns dicts of the same paths and shapes; it never writes into what it is
     given. It treats leaf by leaf: in a tree of several dtypes or devices it is called once for each, with the leaves of
-    that kind. It may declare two keywords that are filled in:
+    that kind. Sharded leaves come as DTensors, and what it returns is placed like them again. It may declare two
+    keywords that are filled in:
 
     - `noise`: `noise.draw(params, "normal", "uniform", "coin")` gives one dict of draws per kind, shaped like the
       leaves (a coin is one uniform per leaf); all the noise of a step comes from one call.
@@ -206,7 +208,8 @@ def _transform(
         if not (isinstance(result, tuple) and len(result) == 3):
             raise ValueError(f"{rule.name} must return (params, grads, state)")
         _check_slot(rule.name, result[2], state)
-        new_weights, new_directions, state = result
+        new_weights, new_directions, new_state = result
+        state = _placed(new_state, state) if any(is_sharded(weight) for weight in weights.values()) else new_state
         for path in paths:
             params[path] = _back(rule, "params", path, new_weights, weights, params)
             grads[path] = _back(rule, "grads", path, new_directions, directions, grads)
@@ -275,6 +278,20 @@ def _detached(param: Tensor, leaf: Tensor) -> Tensor:
     return leaf.detach() if isinstance(param, nn.Parameter) else leaf
 
 
+def _placed(new: BioState, old: BioState) -> BioState:
+    """The new state with the placements of the old one: operations on DTensors choose their own."""
+
+    def back(leaves: Leaves, before: Leaves) -> Leaves:
+        return {path: placed(leaf, before[path]) if path in before else leaf for path, leaf in leaves.items()}
+
+    slots = {
+        name: {entry: back(leaves, old.slots[name][entry]) for entry, leaves in slot.items()}
+        for name, slot in new.slots.items()
+    }
+    fields = {name: back(getattr(new, name), getattr(old, name)) for name in ("plasticity", "polarity", "activity")}
+    return new.replace(slots=slots, **fields)
+
+
 def _check_slot(name: str, new: BioState, old: BioState) -> None:
     """A slot keeps its structure: entries, paths and shapes exist from init on."""
     for entry, leaves in new.slots.get(name, {}).items():
@@ -295,4 +312,4 @@ def _back(rule: Rule, tree: str, path: str, new: Leaves, given: Leaves, original
     if new[path].shape != given[path].shape:
         shapes = f"{tuple(new[path].shape)} instead of {tuple(given[path].shape)}"
         raise ValueError(f"{rule.name} returned {tree} leaf '{path}' of shape {shapes}")
-    return new[path].to(original[path].dtype)
+    return placed(new[path], given[path]).to(original[path].dtype)

@@ -2,8 +2,9 @@
 
 Each is a function `(key, weight, nu, path) -> rates`, shaped like the weight, with mean 1: a synapse may be fast or
 slow, the layer as a whole learns as before. `nu` is the spread: the half-width of the bounded distributions, the
-standard deviation of the others. A distribution of one's own has the same signature. `fuzzy_learning_rates` clamps what
-they give, which lifts or lowers the mean of a wide distribution.
+standard deviation of the others. A distribution of one's own has the same signature; if it draws with `like=weight`, it
+serves sharded weights too. `fuzzy_learning_rates` clamps what they give, which lifts or lowers the mean of a wide
+distribution.
 """
 
 import dataclasses
@@ -52,8 +53,9 @@ def uniform(key: Tensor, weight: Tensor, nu: float | Tensor, path: str) -> Tenso
 
     Raises:
         TypeError: `key` is not a key.
+        ValueError: `key` holds several keys and the weight is a DTensor.
     """
-    return 1 + nu * (2 * random.uniform(key, weight.shape).to(weight.dtype) - 1)
+    return 1 + nu * (2 * random.uniform(key, like=weight).to(weight.dtype) - 1)
 
 
 def normal(key: Tensor, weight: Tensor, nu: float | Tensor, path: str) -> Tensor:
@@ -70,8 +72,9 @@ def normal(key: Tensor, weight: Tensor, nu: float | Tensor, path: str) -> Tensor
 
     Raises:
         TypeError: `key` is not a key.
+        ValueError: `key` holds several keys and the weight is a DTensor.
     """
-    return 1 + nu * random.normal(key, weight.shape, dtype=weight.dtype)
+    return 1 + nu * random.normal(key, dtype=weight.dtype, like=weight)
 
 
 def lognormal(key: Tensor, weight: Tensor, nu: float | Tensor, path: str) -> Tensor:
@@ -88,8 +91,9 @@ def lognormal(key: Tensor, weight: Tensor, nu: float | Tensor, path: str) -> Ten
 
     Raises:
         TypeError: `key` is not a key.
+        ValueError: `key` holds several keys and the weight is a DTensor.
     """
-    return torch.exp(nu * random.normal(key, weight.shape, dtype=weight.dtype) - nu * nu / 2)
+    return torch.exp(nu * random.normal(key, dtype=weight.dtype, like=weight) - nu * nu / 2)
 
 
 def gamma(key: Tensor, weight: Tensor, nu: float | Tensor, path: str) -> Tensor:
@@ -106,9 +110,10 @@ def gamma(key: Tensor, weight: Tensor, nu: float | Tensor, path: str) -> Tensor:
 
     Raises:
         TypeError: `key` is not a key.
+        ValueError: `key` holds several keys and the weight is a DTensor.
     """
     spread = _at_least(nu, weight)
-    return spread * spread * random.gamma(key, spread**-2, weight.shape, dtype=weight.dtype)
+    return spread * spread * random.gamma(key, spread**-2, dtype=weight.dtype, like=weight)
 
 
 def beta(key: Tensor, weight: Tensor, nu: float | Tensor, path: str) -> Tensor:
@@ -125,9 +130,10 @@ def beta(key: Tensor, weight: Tensor, nu: float | Tensor, path: str) -> Tensor:
 
     Raises:
         TypeError: `key` is not a key.
+        ValueError: `key` holds several keys and the weight is a DTensor.
     """
     spread = _at_least(nu, weight)
-    return 1 + spread * (2 * random.beta(key, 1 / spread, 1 / spread, weight.shape, dtype=weight.dtype) - 1)
+    return 1 + spread * (2 * random.beta(key, 1 / spread, 1 / spread, dtype=weight.dtype, like=weight) - 1)
 
 
 def weight_adaptive(key: Tensor, weight: Tensor, nu: float | Tensor, path: str) -> Tensor:
@@ -144,6 +150,7 @@ def weight_adaptive(key: Tensor, weight: Tensor, nu: float | Tensor, path: str) 
 
     Raises:
         TypeError: `key` is not a key.
+        ValueError: `key` holds several keys and the weight is a DTensor.
     """
     size = weight.abs()
     mean = finite_mean(size)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from biofunc import trees
 from biofunc.sharded_ensemble import gather, shard
+from biofunc.sharding import check_module
 from biofunc.trees import Leaves
 
 __all__ = ["gather", "init", "join", "shard", "split", "stack", "unstack"]
@@ -36,7 +37,7 @@ def init(make_model: Callable[[], nn.Module], seeds: Iterable[int]) -> tuple[Lea
         `torch.func.functional_call(make_model(), (params, buffers), x)` inside `vmap`.
 
     Raises:
-        TypeError: a seed is not an integer, or `make_model` returns no module.
+        TypeError: a seed is not an integer, or `make_model` returns no module, or one that FSDP has wrapped.
         ValueError: no seeds, a seed beyond 64 bits, members of different shapes, or a layer keeps running statistics.
     """
     if isinstance(make_model, nn.Module) or not callable(make_model):
@@ -57,6 +58,7 @@ def init(make_model: Callable[[], nn.Module], seeds: Iterable[int]) -> tuple[Lea
             model = make_model()
             if not isinstance(model, nn.Module):
                 raise TypeError(f"make_model returned {type(model).__name__}; it must return an nn.Module")
+            check_module("make_model", model)
             _check_statistics(model)
             members.append(
                 (

@@ -15,6 +15,7 @@ from biofunc import distributions
 from biofunc.decorator import rule
 from biofunc.distributions import Distribution
 from biofunc.noise import Noise
+from biofunc.sharding import placed
 from biofunc.state import BioState
 from biofunc.trees import Leaves
 
@@ -56,7 +57,9 @@ def _draw_rates(
             raise ValueError(
                 f"{name}: distribution gave rates of shape {tuple(rate.shape)} for '{path}'; one per synapse"
             )
-    rates = {path: rate.clamp(min=rate_min).clamp(max=rate_max) for path, rate in drawn.items()}
+    rates = {
+        path: placed(rate.clamp(min=rate_min).clamp(max=rate_max), params[path]) for path, rate in drawn.items()
+    }
     plasticity = {path: state.plasticity[path] * rate for path, rate in rates.items()}
     return state.replace(plasticity={**state.plasticity, **plasticity}).with_slot(name, innate=rates)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from biofunc.measured import check_not_negative, computed, joined, selected
 from biofunc.selection import Selection
+from biofunc.sharding import whole
 from biofunc.state import BioState
 from biofunc.trees import Leaves, Tree
 
@@ -45,7 +46,7 @@ def crystallised_fraction(
     fallen = []
     for (path, rate), finite in zip(rates.items(), known, strict=True):
         innate = state.innate(path)
-        fallen.append(finite & (rate < below * (torch.ones_like(rate) if innate is None else innate.detach())))
+        fallen.append(finite & (rate < below * (torch.ones_like(rate) if innate is None else whole(innate.detach()))))
     return joined(fallen).sum() / joined(known).sum()
 
 
@@ -71,7 +72,7 @@ def rate_spectrum(
         TypeError, KeyError: `state` is no state, or `where` does not match it.
     """
     edges = _edges(edges)
-    rates = [state.detach()] if isinstance(state, Tensor) else list(_rates(state, where).values())
+    rates = [whole(state.detach())] if isinstance(state, Tensor) else list(_rates(state, where).values())
     values = joined(rates)
     known = (~values.isnan()).to(torch.int64)
     bins = torch.bucketize(values, edges[1:-1].to(values), right=True)

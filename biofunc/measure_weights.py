@@ -10,6 +10,7 @@ from biofunc.dale import Axis, check_axis, outgoing_sum, presynaptic_place
 from biofunc.measured import all_weights, check_floating, check_not_negative, computed, joined, selected
 from biofunc.rule import compute_dtype
 from biofunc.selection import Selection
+from biofunc.sharding import whole
 from biofunc.state import BioState
 from biofunc.trees import Leaves, Tree
 
@@ -151,14 +152,14 @@ def dale_consistency(
     check_axis("dale_consistency", axis, list(flat))
     consistency: Leaves = {}
     for path in selected(flat, where):
-        w = flat[path].detach()
+        w = whole(flat[path].detach())
         place = presynaptic_place("dale_consistency", path, w, axis)
         present = w.isfinite() & (w != 0)
         agrees = present & (w > 0)
         if polarity is not None:
             if path not in polarity:
                 raise KeyError(f"polarity has no leaf '{path}', only: {', '.join(polarity) or '(none)'}")
-            agrees = present & (w * polarity[path].detach() > 0)
+            agrees = present & (w * whole(polarity[path].detach()) > 0)
         count = outgoing_sum(present.to(w.dtype), *place)
         share = (outgoing_sum(agrees.to(w.dtype), *place) / count).flatten()
         consistency[path] = (torch.maximum(share, 1 - share) if polarity is None else share).to(compute_dtype(w))

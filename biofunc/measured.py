@@ -10,6 +10,7 @@ from torch import Tensor
 from biofunc import trees
 from biofunc.rule import compute_dtype
 from biofunc.selection import Selection, select_paths
+from biofunc.sharding import whole
 from biofunc.state import BioState
 from biofunc.trees import Leaves, Tree
 
@@ -46,8 +47,8 @@ def selected(flat: Leaves, where: Selection | BioState) -> list[str]:
 
 
 def computed(leaf: Tensor) -> Tensor:
-    """A leaf without its gradient, half precision as float32."""
-    return leaf.detach().to(compute_dtype(leaf))
+    """A leaf without its gradient, half precision as float32, and gathered if processes share it."""
+    return whole(leaf.detach()).to(compute_dtype(leaf))
 
 
 def joined(leaves: Sequence[Tensor]) -> Tensor:

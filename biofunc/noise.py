@@ -4,15 +4,16 @@
 
 Nothing else enters, so adding a rule to a chain, a leaf to a tree or a member to an ensemble changes no other
 number. Draws have 24 random bits whatever the dtype of the leaf: a float64 run sees the noise of the float32 run.
+A process that holds a part of a leaf draws the numbers of that part.
 """
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
-from biofunc import philox
+from biofunc import parts, philox
 from biofunc.keys import fold_in, fold_in_names
+from biofunc.sharding import assembled, part_of
 from biofunc.state import BioState
 from biofunc.trees import Leaves
 
@@ -46,7 +47,8 @@ class Noise:
         """Draws all the noise that a rule needs in a step.
 
         Args:
-            leaves: tensors by path; a draw has the shape of its leaf and is rounded to its dtype.
+            leaves: tensors by path; a draw has the shape, and a DTensor's placements, of its leaf and is rounded to its
+                dtype.
             kinds: "uniform" in [0, 1), "normal" standard normal, or "coin", one 0-d uniform per leaf.
 
         Returns:
@@ -61,22 +63,35 @@ class Noise:
                 raise ValueError(f"'{kind}' is no kind of noise; draw one or more of {', '.join(_KINDS)}")
         keys = self.keys(leaves)
         # Within the stream of a leaf the kinds follow one another, each from a fresh block on.
-        sizes = {kind: [1 if kind == "coin" else leaf.numel() for leaf in leaves.values()] for kind in kinds}
-        starts = [0] * len(leaves)
+        starts = dict.fromkeys(leaves, 0)
+        held = {path: part_of(leaf) for path, leaf in leaves.items()}
         draws: list[Leaves] = []
         for kind in kinds:
-            flat = philox.ragged_draws(
-                list(keys.values()), starts, sizes[kind], "normal" if kind == "normal" else "uniform"
-            )
-            shapes = [torch.Size() if kind == "coin" else leaf.shape for leaf in leaves.values()]
-            draws.append(
-                {
-                    path: drawn.reshape(shape).to(leaf.dtype)
-                    for (path, leaf), drawn, shape in zip(leaves.items(), flat, shapes, strict=True)
-                }
-            )
-            starts = [start - (-size // 4) for start, size in zip(starts, sizes[kind], strict=True)]
+            wanted = dict.fromkeys(leaves, ONE) if kind == "coin" else held
+            flat = _drawn(keys, starts, wanted, "normal" if kind == "normal" else "uniform")
+            drawn = {path: flat[path].reshape(wanted[path].shape).to(leaf.dtype) for path, leaf in leaves.items()}
+            draws.append(drawn if kind == "coin" else {path: assembled(drawn[path], leaves[path]) for path in leaves})
+            starts = {path: at - (-(1 if kind == "coin" else leaves[path].numel()) // 4) for path, at in starts.items()}
         return draws
+
+
+ONE = parts.Part((), 1)
+
+
+def _drawn(
+    keys: Mapping[str, Tensor], starts: Mapping[str, int], wanted: Mapping[str, parts.Part], kind: str
+) -> Leaves:
+    """Draws of parts of leaves, flat, from some block of their streams on; in one Philox call but for cut rows."""
+    runs = {path: part.blocks() for path, part in wanted.items() if part.starts is None}
+    drawn = philox.ragged_draws(
+        [keys[path] for path in runs],
+        [starts[path] + block for path, (block, _, _) in runs.items()],
+        [count for _, _, count in runs.values()],
+        kind,
+    )
+    flat = {path: some[lane:] for (path, (_, lane, _)), some in zip(runs.items(), drawn, strict=True)}
+    rows = {path: part.shifted(4 * starts[path]) for path, part in wanted.items() if path not in runs}
+    return {**flat, **{path: parts.draws(keys[path], part, kind) for path, part in rows.items()}}
 
 
 class StepKeys:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from biofunc import trees
 from biofunc.selection import Selection, is_synapse, select_paths
+from biofunc.sharding import combined, local
 from biofunc.trees import Tree
 
 __all__ = ["l1_penalty"]
@@ -33,4 +34,4 @@ def l1_penalty(params: Tree, *, where: Selection = None) -> Tensor:
     paths = [p for p, leaf in flat.items() if is_synapse(p, leaf)] if where is None else select_paths(where, flat)
     if not paths:
         return torch.zeros(())
-    return torch.stack([flat[path].abs().sum() for path in paths]).sum()
+    return torch.stack([combined(local(flat[path]).abs().sum(), flat[path]) for path in paths]).sum()

@@ -65,7 +65,7 @@ def blocks(seed: Tensor, offset: Tensor, low: Word, high: Word = 0, domain: int 
 
 def derive(key: Tensor, low: Word, high: Word = 0, domain: int = 0) -> Tensor:
     """The key that the block at a counter makes: its words as two int64."""
-    if _through_operator(key) and not torch.compiler.is_compiling():
+    if through_operator(key) and not torch.compiler.is_compiling():
         _, *spread = torch.broadcast_tensors(  # type: ignore[no-untyped-call]
             *(key[..., 0], torch.as_tensor(low, device=key.device), torch.as_tensor(high, device=key.device))
         )
@@ -87,7 +87,7 @@ def words(key: Tensor, count: int) -> Tensor:
 
 def draws(key: Tensor, count: int, kind: str) -> Tensor:
     """The first words of the streams of keys `(..., 2)` as numbers, shape `(..., count)`."""
-    if _through_operator(key):
+    if through_operator(key):
         drawn: Tensor = torch.ops.biofunc.draws(key.unsqueeze(-2), [0], [count], kind)
         return drawn
     size = -(-count // 4)
@@ -110,7 +110,7 @@ def ragged_draws(keys: list[Tensor], starts: list[int], counts: list[int], kind:
     """
     if not counts:
         return []
-    if _through_operator(keys[0]):
+    if through_operator(keys[0]):
         leaves: list[Tensor] = []
         for some in _groups(counts):
             values = torch.ops.biofunc.draws(torch.stack(keys[some]), starts[some], counts[some], kind)
@@ -126,7 +126,7 @@ def ragged_draws(keys: list[Tensor], starts: list[int], counts: list[int], kind:
     ahead = [
         torch.arange(height, device=seed.device) * width + start for start, height in zip(starts, heights, strict=True)
     ]
-    drawn = rows(seed, _advanced(first, torch.cat(ahead)), width, kind).flatten()
+    drawn = rows(seed, advanced(first, torch.cat(ahead)), width, kind).flatten()
     begins = [4 * width * sum(heights[:i]) for i in range(len(heights))]
     return [drawn[begin : begin + count] for begin, count in zip(begins, counts, strict=True)]
 
@@ -157,7 +157,7 @@ def _width(sizes: Sequence[int]) -> int:
     return width
 
 
-def _advanced(offset: Tensor, blocks: Tensor) -> Tensor:
+def advanced(offset: Tensor, blocks: Tensor) -> Tensor:
     """offset + blocks modulo 2^64, without signed overflow."""
     low = (offset & WORD) + blocks
     return _join(low & WORD, ((offset >> 32) + (low >> 32)) & WORD)
@@ -173,7 +173,7 @@ def rows(seed: Tensor, offset: Tensor, width: int, kind: str) -> Tensor:
     return torch.cat([rows(*part, width, kind) for part in parts], -2)
 
 
-def _through_operator(tensor: Tensor) -> bool:
+def through_operator(tensor: Tensor) -> bool:
     return ACCELERATED and tensor.device.type == "cpu"
 
 
@@ -221,7 +221,7 @@ def _float32_bits(values: Tensor) -> Tensor:
 
 
 # Before torch 2.13 vmap has no rule for a view of another dtype; frexp costs half a draw more
-_VMAPS_VIEWS = torch.__version__ >= (2, 13)
+_VMAPS_VIEWS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 
 _FIRST_SEGMENT = 127 << 6  # the float32 bits of q = 1, shifted by 17
 _SEGMENTS = 24 * 64

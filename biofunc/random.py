@@ -21,14 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from biofunc import philox
+from biofunc import parts, philox
 from biofunc.accelerate import accelerate
 from biofunc.keys import check_key, fold_in, key, split
+from biofunc.sharding import assembled, check_unwrapped, is_sharded, local, part_of, placed
 
 __all__ = ["accelerate", "bernoulli", "beta", "fold_in", "gamma", "key", "normal", "rademacher", "split", "uniform"]
 
 
-def uniform(key: Tensor, shape: Sequence[int] = (), *, dtype: torch.dtype = torch.float32) -> Tensor:
+def uniform(
+    key: Tensor, shape: Sequence[int] = (), *, dtype: torch.dtype = torch.float32, like: Tensor | None = None
+) -> Tensor:
     """Draws uniform numbers in [0, 1).
 
     float32 values are the low 24 bits of a word times 2^-24; float64 values take 53 bits of two words. float16
@@ -38,28 +41,35 @@ def uniform(key: Tensor, shape: Sequence[int] = (), *, dtype: torch.dtype = torc
         key: int64 `(..., 2)`; each key starts its own stream.
         shape: shape of the draw of one key.
         dtype: float32, float64, float16 or bfloat16.
+        like: a tensor that stands for `shape`; of a DTensor each process draws its own part, so that the draw has its
+            placements. For one key.
 
     Returns:
         `(..., *shape)` of `dtype`.
 
     Raises:
         TypeError: `key` is not a key, `shape` is not a shape, or `dtype` is not one of the four.
+        ValueError: `like` has another shape than `shape`.
     """
     check_key(key)
-    count = _size("shape", shape)
+    part, shape = _wanted(key, shape, like)
+    count = math.prod(shape)
     kinds = {torch.float32: "uniform", torch.float16: "uniform of 11 bits", torch.bfloat16: "uniform of 8 bits"}
     if dtype == torch.float64:
-        high, low = philox.words(key, 2 * count).reshape((*key.shape[:-1], count, 2)).unbind(-1)
+        words = philox.words(key, 2 * count) if part is None else parts.words(key, part.doubled())
+        high, low = words.reshape((*key.shape[:-1], count, 2)).unbind(-1)
         # ((high << 32) | low) & (2^53 - 1), without shifting into the sign
         draw = (((high & 0x1FFFFF) << 32) | low).to(torch.float64) * 2.0**-53
     elif dtype in kinds:
-        draw = philox.draws(key, count, kinds[dtype]).to(dtype)
+        draw = _draws(key, count, kinds[dtype], part).to(dtype)
     else:
         raise TypeError(f"dtype is {dtype}; uniform draws float32, float64, float16 or bfloat16")
-    return draw.reshape((*key.shape[:-1], *shape))
+    return _shaped(draw, key, shape, like)
 
 
-def normal(key: Tensor, shape: Sequence[int] = (), *, dtype: torch.dtype = torch.float32) -> Tensor:
+def normal(
+    key: Tensor, shape: Sequence[int] = (), *, dtype: torch.dtype = torch.float32, like: Tensor | None = None
+) -> Tensor:
     """Draws standard normal numbers.
 
     24 bits of a word select one of 2^24 values by an integer table of the inverse distribution function:
@@ -70,27 +80,32 @@ def normal(key: Tensor, shape: Sequence[int] = (), *, dtype: torch.dtype = torch
         key: int64 `(..., 2)`; each key starts its own stream.
         shape: shape of the draw of one key.
         dtype: any floating dtype.
+        like: as for `uniform`.
 
     Returns:
         `(..., *shape)` of `dtype`.
 
     Raises:
         TypeError: `key` is not a key, `shape` is not a shape, or `dtype` is not floating.
+        ValueError: `like` has another shape than `shape`.
     """
     check_key(key)
     if not _is_floating(dtype):
         raise TypeError(f"dtype is {dtype!r}; normal draws floating dtypes, torch.float32")
-    draw = philox.draws(key, _size("shape", shape), "normal")
-    return draw.to(dtype).reshape((*key.shape[:-1], *shape))
+    part, shape = _wanted(key, shape, like)
+    return _shaped(_draws(key, math.prod(shape), "normal", part).to(dtype), key, shape, like)
 
 
-def bernoulli(key: Tensor, p: float | Tensor = 0.5, shape: Sequence[int] | None = None) -> Tensor:
+def bernoulli(
+    key: Tensor, p: float | Tensor = 0.5, shape: Sequence[int] | None = None, *, like: Tensor | None = None
+) -> Tensor:
     """Draws True with probability `p`: `uniform(key) < p`.
 
     Args:
         key: int64 `(..., 2)`.
         p: probability in [0, 1], a number or a tensor that broadcasts with the draw.
         shape: shape of the draw of one key; default: the shape of `p`.
+        like: as for `uniform`.
 
     Returns:
         bool `(..., *shape)`.
@@ -105,29 +120,59 @@ def bernoulli(key: Tensor, p: float | Tensor = 0.5, shape: Sequence[int] | None 
             raise ValueError(f"p is {p}; a probability lies in [0, 1]")
     if shape is None:
         shape = p.shape if isinstance(p, Tensor) else ()
-    draw: Tensor = uniform(key, shape) < p
+    draw: Tensor = uniform(key, shape, like=like) < p
     return draw
 
 
-def rademacher(key: Tensor, shape: Sequence[int] = (), *, dtype: torch.dtype = torch.float32) -> Tensor:
+def rademacher(
+    key: Tensor, shape: Sequence[int] = (), *, dtype: torch.dtype = torch.float32, like: Tensor | None = None
+) -> Tensor:
     """Draws +1 or -1 with equal probability (bit 23 of a word, the sign bit of `normal`).
 
     Args:
         key: int64 `(..., 2)`.
         shape: shape of the draw of one key.
         dtype: a floating or signed integer dtype.
+        like: as for `uniform`.
 
     Returns:
         `(..., *shape)` of `dtype`.
 
     Raises:
         TypeError: `key` is not a key, `shape` is not a shape, or `dtype` cannot hold -1.
+        ValueError: `like` has another shape than `shape`.
     """
     check_key(key)
     if not isinstance(dtype, torch.dtype) or not (dtype.is_floating_point or dtype.is_signed):
         raise TypeError(f"dtype is {dtype!r}, which cannot hold -1; give a floating or signed integer dtype")
-    words = philox.words(key, _size("shape", shape))
-    return philox.to_sign(words).to(dtype).reshape((*key.shape[:-1], *shape))
+    part, shape = _wanted(key, shape, like)
+    words = philox.words(key, math.prod(shape)) if part is None else parts.words(key, part)
+    return _shaped(philox.to_sign(words).to(dtype), key, shape, like)
+
+
+def _wanted(key: Tensor, shape: Sequence[int], like: Tensor | None) -> tuple[parts.Part | None, Sequence[int]]:
+    """The part that is drawn here, if not all is, and its shape."""
+    _size("shape", shape)
+    if like is None:
+        return None, shape
+    if tuple(shape) not in ((), tuple(like.shape)):
+        raise ValueError(f"shape is {tuple(shape)} and like has shape {tuple(like.shape)}; give one of them")
+    if not is_sharded(like):
+        check_unwrapped(like)
+        return None, like.shape
+    if key.dim() != 1:
+        raise ValueError(f"key has shape {tuple(key.shape)}, and like is a DTensor; draw with one key")
+    part = part_of(like)
+    return part, part.shape
+
+
+def _draws(key: Tensor, count: int, kind: str, part: parts.Part | None) -> Tensor:
+    return philox.draws(key, count, kind) if part is None else parts.draws(key, part, kind)
+
+
+def _shaped(draw: Tensor, key: Tensor, shape: Sequence[int], like: Tensor | None) -> Tensor:
+    draw = draw.reshape((*key.shape[:-1], *shape))
+    return draw if like is None else assembled(draw, like)
 
 
 def gamma(
@@ -136,6 +181,7 @@ def gamma(
     shape: Sequence[int] | None = None,
     *,
     dtype: torch.dtype = torch.float32,
+    like: Tensor | None = None,
 ) -> Tensor:
     """Draws gamma numbers of rate 1: mean and variance are the concentration.
 
@@ -149,6 +195,7 @@ def gamma(
         concentration: > 0, a number or a tensor that broadcasts with the draw.
         shape: shape of the draw; default: the shape of the concentration.
         dtype: any floating dtype.
+        like: as for `uniform`.
 
     Returns:
         `shape` of `dtype`.
@@ -160,7 +207,7 @@ def gamma(
 
     Source: Marsaglia, Tsang 2000, doi 10.1145/358407.358414.
     """
-    return _log_gamma(key, "concentration", concentration, shape, dtype).exp().to(dtype)
+    return _placed_like(_log_gamma(key, "concentration", concentration, shape, dtype, like).exp().to(dtype), like)
 
 
 def beta(
@@ -170,6 +217,7 @@ def beta(
     shape: Sequence[int] | None = None,
     *,
     dtype: torch.dtype = torch.float32,
+    like: Tensor | None = None,
 ) -> Tensor:
     """Draws beta numbers in [0, 1] as X / (X + Y) of gamma numbers X and Y.
 
@@ -179,6 +227,7 @@ def beta(
         b: concentration of Y, likewise.
         shape: shape of the draw; default: the broadcast shape of `a` and `b`.
         dtype: any floating dtype.
+        like: as for `uniform`.
 
     Returns:
         `shape` of `dtype`.
@@ -190,20 +239,29 @@ def beta(
     """
     for name, concentration in (("a", a), ("b", b)):
         _check_concentration(name, concentration)
-    if shape is None:
+    if shape is None and like is None:
         shape = (torch.as_tensor(a) + torch.as_tensor(b)).shape
     left, right = split(key)
-    difference = _log_gamma(left, "a", a, shape, dtype) - _log_gamma(right, "b", b, shape, dtype)
-    return difference.sigmoid().to(dtype)
+    difference = _log_gamma(left, "a", a, shape, dtype, like) - _log_gamma(right, "b", b, shape, dtype, like)
+    return _placed_like(difference.sigmoid().to(dtype), like)
 
 
 _GAMMA_ROUNDS = 7  # a round accepts with probability above 0.951 at any concentration: 0.049^7 < 1e-9
 
 
+def _placed_like(draw: Tensor, like: Tensor | None) -> Tensor:
+    return draw if like is None else assembled(draw, like)
+
+
 def _log_gamma(
-    key: Tensor, name: str, concentration: float | Tensor, shape: Sequence[int] | None, dtype: torch.dtype
+    key: Tensor,
+    name: str,
+    concentration: float | Tensor,
+    shape: Sequence[int] | None,
+    dtype: torch.dtype,
+    like: Tensor | None,
 ) -> Tensor:
-    """Logarithm of a gamma draw, float64: small concentrations give draws that would underflow."""
+    """Logarithm of a gamma draw, float64: small concentrations give draws that would underflow. Of a part, if any."""
     check_key(key)
     if key.dim() != 1:
         raise ValueError(f"key has shape {tuple(key.shape)}; gamma and beta take one key: use torch.vmap for several")
@@ -213,26 +271,35 @@ def _log_gamma(
     if not isinstance(concentration, Tensor):
         concentration = torch.full((), concentration, device=key.device, dtype=torch.float64)
     alpha = concentration.to(key.device, torch.float64)
-    shape = alpha.shape if shape is None else shape
-    count = _size("shape", shape)
+    if shape is None:
+        shape = alpha.shape if like is None else ()
+    part, shape = _wanted(key, shape, like)
+    if like is not None and part is not None and alpha.dim():
+        alpha = local(placed(alpha, like))
     if len(alpha.shape) > len(shape) or any(
         [size not in (1, wanted) for size, wanted in zip(alpha.shape[::-1], tuple(shape)[::-1], strict=False)]
     ):
         raise ValueError(f"{name} has shape {tuple(alpha.shape)}, which does not broadcast to shape {tuple(shape)}")
+    count = math.prod(shape)
     # Below 1: gamma(alpha) = gamma(alpha + 1) U^(1 / alpha)
     d = torch.where(alpha < 1, alpha + 1, alpha) - 1 / 3
     keys = split(key, _GAMMA_ROUNDS + 1)
     log_draw, accepted = d.log().expand(shape), torch.zeros(shape, dtype=torch.bool, device=key.device)
     for round_ in range(_GAMMA_ROUNDS):
-        words = philox.words(keys[round_], 2 * count)
-        x = philox.to_normal(words[:count]).to(torch.float64).reshape(shape)
-        log_u = _open_uniform(words[count:]).log().reshape(shape)
+        if part is None or like is None:
+            both = philox.words(keys[round_], 2 * count)
+            first, second = both[:count], both[count:]
+        else:
+            first, second = parts.words(keys[round_], part), parts.words(keys[round_], part.shifted(like.numel()))
+        x = philox.to_normal(first).to(torch.float64).reshape(shape)
+        log_u = _open_uniform(second).log().reshape(shape)
         v = (1 + x / (9 * d).sqrt()) ** 3
         log_v = v.clamp(min=torch.finfo(torch.float64).tiny).log()
         accept = (v > 0) & (log_u < x * x / 2 + d * (1 - v + log_v))
         log_draw = torch.where(accept & ~accepted, d.log() + log_v, log_draw)
         accepted = accepted | accept
-    boost = _open_uniform(philox.words(keys[-1], count)).log().reshape(shape) / alpha
+    last = philox.words(keys[-1], count) if part is None else parts.words(keys[-1], part)
+    boost = _open_uniform(last).log().reshape(shape) / alpha
     return torch.where(alpha < 1, log_draw + boost, log_draw)
 
 

@@ -19,6 +19,7 @@ from biofunc.decorator import GIVEN, rule
 from biofunc.noise import Noise
 from biofunc.reductions import finite_max, finite_mean
 from biofunc.rule import Hyperparameter
+from biofunc.sharding import placed, whole
 from biofunc.state import BioState
 from biofunc.trees import Leaves
 
@@ -51,7 +52,8 @@ def rejuvenate_weights(
             the rule off. At 8, 10 % of uniform and some 30 % of normal weights die per call.
         rate: expected share of a leaf's synapses that die per call, in [0, 1); replaces dre. The share n rate is
             rounded up or down at random, and the synapses with the smallest |w| / |z|, z ~ N(0, 1), die: the same
-            preference as with dre, whatever the distribution of weights. 0 turns the rule off. Sorts the leaf.
+            preference as with dre, whatever the distribution of weights. 0 turns the rule off. Sorts the leaf; each of
+            the processes that share one gathers it for that.
         selection: "small": weak synapses die first; "random": any synapse, at the same expected turnover: the control
             that shows whether weakness matters.
 
@@ -103,6 +105,6 @@ def _smallest(values: Tensor, rate: float | Tensor, coin: Tensor) -> Tensor:
     """Mask of the smallest n rate of n values, rounded up with their fraction as probability."""
     rate = rate.double() if isinstance(rate, Tensor) else rate
     number = torch.floor(values.numel() * rate + coin.double())  # float32 counts to 2^24 only
-    order = values.flatten().argsort()
+    order = whole(values).flatten().argsort()
     chosen = torch.arange(values.numel(), device=values.device) < number
-    return torch.empty_like(order, dtype=torch.bool).scatter(0, order, chosen).reshape(values.shape)
+    return placed(torch.empty_like(order, dtype=torch.bool).scatter(0, order, chosen).reshape(values.shape), values)

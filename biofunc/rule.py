@@ -19,6 +19,7 @@ from biofunc import trees
 from biofunc.keys import fold_in
 from biofunc.noise import StepKeys
 from biofunc.selection import Selection, select_paths
+from biofunc.sharding import aligned, is_sharded
 from biofunc.state import BioState
 from biofunc.trees import Leaves, Tree
 
@@ -328,7 +329,7 @@ def on_trees(
     flat_params, params_structure = trees.flatten(params)
     flat_grads, grads_structure = trees.flatten(grads)
     _check_inputs(flat_params, flat_grads, state)
-    directions = {path: flat_grads[path] for path in flat_params}
+    directions = {path: aligned("grads", path, flat_grads[path], leaf) for path, leaf in flat_params.items()}
     flat_params, directions, state = on_leaves(rules, flat_params, directions, state, signals)
     # Back in the order of their own tree: optree sorts the keys of a dict, not those of an OrderedDict
     flat_grads = {path: directions[path] for path in flat_grads}
@@ -367,8 +368,22 @@ def _check_inputs(params: dict[str, Any], grads: dict[str, Any], state: BioState
                 f"params leaf '{path}' has shape {tuple(leaf.shape)}, the state was made for {made_for[path]}; "
                 "was it made for another model? An ensemble runs in torch.vmap"
             )
+    _check_sharding(params, state)
     if state.key.dim() != 1:
         raise ValueError(f"state.key has shape {tuple(state.key.shape)}; the states of an ensemble run in torch.vmap")
+
+
+def _check_sharding(params: Leaves, state: BioState) -> None:
+    kept = {name: getattr(state, name) for name in ("plasticity", "polarity", "activity")}
+    kept |= {f"slots of {name}": leaves for name, slot in state.slots.items() for leaves in slot.values()}
+    for place, leaves in kept.items():
+        for path, leaf in leaves.items():
+            if leaf.dim() and path in params and is_sharded(leaf) != is_sharded(params[path]):
+                kinds = ("DTensors", "plain tensors") if is_sharded(leaf) else ("plain tensors", "DTensors")
+                raise TypeError(
+                    f"state has {kinds[0]} and params {kinds[1]}: '{path}' in {place}; make the state with init of the "
+                    "parameters as they are"
+                )
 
 
 def compute_dtype(leaf: Tensor) -> torch.dtype:

@@ -25,6 +25,7 @@ from biofunc.bias_correction import bias_correction
 from biofunc.decorator import GIVEN, REQUIRED, rule
 from biofunc.reductions import finite_mean
 from biofunc.rule import Hyperparameter
+from biofunc.sharding import per_neuron
 from biofunc.state import BioState
 from biofunc.trees import Leaves
 
@@ -33,7 +34,8 @@ __all__ = ["synaptic_scaling"]
 
 def _nothing_observed(params: Leaves, state: BioState, *, name: str) -> BioState:
     def zeros(w: Tensor) -> Tensor:  # the step is 0 here, and batched where any input of init is
-        return w.new_zeros(w.shape[:1]) + state.step.to(w.device, w.dtype)
+        zero = state.step.to(w.device, w.dtype)
+        return per_neuron(torch.zeros(w.shape[:1], dtype=w.dtype, device=w.device), w) + zero
 
     state = state.with_slot(name, count={path: zeros(w) for path, w in params.items()})
     return state.replace(activity={**state.activity, **{path: zeros(w) for path, w in params.items()}})
@@ -120,12 +122,12 @@ def synaptic_scaling(
         seen = x.isfinite()
         count[path] = state.slots[name]["count"][path] + seen
         mean[path] = running_mean(a, torch.where(seen, x, a), count[path])
-        error = _goal(target, path, mean[path], count[path]) - mean[path]
+        error = _goal(target, path, w, mean[path], count[path]) - mean[path]
         new[path] = scaled(w, torch.where(seen, error, 0.0))
     return new, grads, state.replace(activity={**state.activity, **mean}).with_slot(name, count=count)
 
 
-def _goal(target: Any, path: str, mean: Tensor, count: Tensor) -> Any:
+def _goal(target: Any, path: str, w: Tensor, mean: Tensor, count: Tensor) -> Any:
     """The target of a leaf's neurons; the population is that of the neurons that were ever observed."""
     if isinstance(target, str):
         if target != "population":
@@ -136,7 +138,7 @@ def _goal(target: Any, path: str, mean: Tensor, count: Tensor) -> Any:
             raise KeyError(f"target has no leaf '{path}' that synaptic_scaling acts on; name it, or use bf.where")
         target = target[path]
     if isinstance(target, Tensor):
-        return (_per_neuron("target", target, path, mean.shape) if target.dim() else target).to(mean.dtype)
+        return (per_neuron(_checked(target, path, mean.shape), w) if target.dim() else target).to(mean.dtype)
     if isinstance(target, bool) or not isinstance(target, numbers.Real):
         raise TypeError(
             f"synaptic_scaling: target is {target!r}; give a number, a tensor, a dict of them by path, or 'population'"
@@ -146,11 +148,9 @@ def _goal(target: Any, path: str, mean: Tensor, count: Tensor) -> Any:
     return target
 
 
-def _per_neuron(what: str, value: Any, path: str, shape: torch.Size) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{what} leaf '{path}' is {type(value).__name__}; it must be a tensor, one value per neuron")
-    if value.shape != shape:
+def _checked(target: Tensor, path: str, shape: torch.Size) -> Tensor:
+    if target.shape != shape:
         raise ValueError(
-            f"{what} leaf '{path}' has shape {tuple(value.shape)}, its neurons (axis 0 of the weight) {tuple(shape)}"
+            f"target leaf '{path}' has shape {tuple(target.shape)}, its neurons (axis 0 of the weight) {tuple(shape)}"
         )
-    return value
+    return target

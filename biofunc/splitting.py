@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from biofunc.sharding import check_module
+
 __all__ = ["split_synapses"]
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -96,8 +98,8 @@ def split_synapses(
     Raises:
         ValueError: gamma is below 1 or does not divide a layer's outputs, no layer is left to split, a glob matches
             nothing, or the model is split already.
-        TypeError: gamma is not an integer, activation not a function, model not a module, or a layer is never called by
-            the module that owns it.
+        TypeError: gamma is not an integer, activation not a function, model not a module or wrapped by FSDP, or a layer
+            is never called by the module that owns it.
 
     Source: Hofmann, Becker, Tetzlaff, Mäder 2025, doi 10.1038/s41467-025-60078-9; the biology: Fauth, Wörgötter,
     Tetzlaff 2015, doi 10.1371/journal.pcbi.1004031.
@@ -106,6 +108,7 @@ def split_synapses(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}; split_synapses takes an nn.Module")
+    check_module("split_synapses", model)
     if activation is not None and (isinstance(activation, type) or not callable(activation)):
         raise TypeError(f"activation is {activation!r}; give a function of a tensor, torch.relu or torch.nn.ReLU()")
     if skip is not None and not isinstance(skip, Sequence):

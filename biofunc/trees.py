@@ -13,6 +13,8 @@ import optree
 import torch
 from torch import Tensor
 
+from biofunc.sharding import check_placement, local
+
 Tree: TypeAlias = Any
 Leaves: TypeAlias = dict[str, Tensor]
 
@@ -64,7 +66,7 @@ def zero_of(leaves: Iterable[Tensor], device: torch.device) -> Tensor:
     zero = torch.zeros((), dtype=torch.int64, device=device)
     for leaf in leaves:
         if leaf.device == device:
-            zero = zero + leaf.detach().reshape(-1)[:0].ne(0).sum()
+            zero = zero + local(leaf.detach()).reshape(-1)[:0].ne(0).sum()
     return zero
 
 
@@ -89,6 +91,7 @@ def check_params(params: dict[str, Any]) -> None:
                 f"params leaf '{path}' has dtype {leaf.dtype}; learning moves floating-point leaves only: "
                 "keep integer and complex tensors among the buffers"
             )
+        check_placement(path, leaf)
 
 
 def check_like(name: str, given: dict[str, Any], params: Leaves) -> None:
