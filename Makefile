@@ -17,7 +17,7 @@ test: .venv/test lint
 	BIOFUNC_QUICK=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbmake notebooks -o filterwarnings=default
 
 matrix:
-	$(PYTHON) tests/matrix.py
+	$(PYTHON) tests/matrix.py $(ARGUMENTS)
 
 bench: .venv/test
 	$(BIN)/python tests/benchmarks/run.py
