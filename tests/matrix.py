@@ -60,15 +60,19 @@ def pythons() -> dict[str, str]:
     return dict(sorted(found.items(), key=lambda item: [int(part) for part in re.findall(r"\d+", item[0])]))
 
 
+def pins() -> list[str]:
+    """The lines of constraints.txt that say nothing of torch and optree."""
+    free = re.compile(rf"({'|'.join(lower_bounds())})==", re.IGNORECASE)
+    return [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not free.match(line)]
+
+
 def environment(row: str, python: str, version: str) -> pathlib.Path:
     """The row's Python, with everything installed."""
     folder = FOLDER / f"{row}-{version}"
     if not (folder / "bin" / "python").exists():
         subprocess.run([python, "-m", "venv", str(folder)], check=True)
+    (folder / "constraints.txt").write_text("\n".join(pins()) + "\n")
     bounds = {name: bound for name, bound in lower_bounds().items() if name != "python"}
-    free = re.compile(rf"({'|'.join(bounds)})==", re.IGNORECASE)
-    pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not free.match(line)]
-    (folder / "constraints.txt").write_text("\n".join(pins) + "\n")
     wanted = [f"{name}=={bound}" if row == "oldest" else name for name, bound in bounds.items()]
     command = [str(folder / "bin" / "python"), "-m", "pip", "install", "--upgrade", "--no-cache-dir"]
     command += ["-c", str(folder / "constraints.txt"), "-e", ".[test]", *wanted]
@@ -108,8 +112,15 @@ def proof(name: str, bound: str, results: list[dict[str, object]]) -> str:
     for one in ran:
         if one["tests"] == WHOLE and one.get("failed") == 0:
             return f"- {name}>={bound}: proven by the row {one['row']} ({name} {one[name]})."
-    why = [f"{one['row']}: {one.get('broken') or str(one['failed']) + ' failed, ' + str(one['tests'])}" for one in ran]
+    why = [f"{one['row']}: {shortfall(one)}" for one in ran]
     return f"- {name}>={bound}: not proven; {'; '.join(why) or 'no row ran with it'}."
+
+
+def shortfall(one: dict[str, object]) -> str:
+    """Why a run proves nothing."""
+    if "broken" in one:
+        return str(one["broken"])
+    return f"{one['failed']} failed" if one["failed"] else f"{one['tests']} alone"
 
 
 def page(results: list[dict[str, object]], found: dict[str, str]) -> str:
@@ -127,7 +138,7 @@ def page(results: list[dict[str, object]], found: dict[str, str]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS)
+    parser.add_argument("--rows", nargs="*", default=ROWS, help="oldest, newest, or none: only writes the page again")
     some = parser.add_mutually_exclusive_group()
     some.add_argument("--quick", action="store_true", help="only the laws")
     some.add_argument("--tests", nargs="+", default=[], metavar="FILE")
