@@ -138,7 +138,7 @@ def page(results: list[dict[str, object]], found: dict[str, str]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="*", default=ROWS, help="oldest, newest, or none: only writes the page again")
+    parser.add_argument("--rows", nargs="*", choices=ROWS, default=ROWS, help="none: only write the page again")
     some = parser.add_mutually_exclusive_group()
     some.add_argument("--quick", action="store_true", help="only the laws")
     some.add_argument("--tests", nargs="+", default=[], metavar="FILE")
