@@ -1,10 +1,11 @@
 """Runs the suite on the oldest and on the newest torch and optree that install here, and writes docs/matrix.md.
 
-    python3 tests/matrix.py [--rows oldest newest] [--quick | --tests FILE …] [--workers 2]
+    python3 tests/matrix.py [--rows oldest newest] [--quick | --tests FILE … | --again] [--workers 2]
 
 "oldest" takes the lower bounds of pyproject.toml on the oldest Python that it allows, "newest" what pip finds without
 bounds on the newest Python of this machine. Everything else is pinned by constraints.txt. The environments lie in
-.matrix, about 6 GB each where torch comes with CUDA, and are used again. The page shows the last run of each row.
+.matrix, about 6 GB each where torch comes with CUDA, and are used again. The page shows the last run of each row;
+`--again` runs what failed in it once more, after a change, and counts it anew.
 """
 
 import argparse
@@ -34,7 +35,8 @@ TEXT = """# Versions
 
 `make matrix` runs the suite in environments of its own and writes this page: "oldest" has the lower bounds of
 `pyproject.toml`, "newest" what the package index offers; the other packages are those of `constraints.txt`. `make test`
-runs the suite on the versions of `constraints.txt`.
+runs the suite on the versions of `constraints.txt`. "again" counts tests that failed at first and ran once more after a
+change; the rest ran before it.
 """
 
 
@@ -103,7 +105,22 @@ def run_suite(row: str, python: str, version: str, tests: list[str], workers: in
     bad = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
     skipped = sum(case.find("skipped") is not None for case in cases)
     result |= {"passed": len(cases) - len(bad) - skipped, "failed": len(bad), "skipped": skipped}
-    return result | {"failures": [f"{case.get('classname')}::{case.get('name')}" for case in bad]}
+    names = [f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}" for case in bad]
+    return result | {"failures": names}
+
+
+def joined(before: dict[str, object], again: dict[str, object]) -> dict[str, object]:
+    """A run of which the failures ran again; as it was, if they did not run on the same versions."""
+    if "broken" in again or any([again[name] != before[name] for name in ("python", "torch", "optree", "numpy")]):
+        return before
+    return before | {
+        "passed": before["passed"] + again["passed"],
+        "failed": again["failed"],
+        "skipped": before["skipped"] + again["skipped"],
+        "again": before.get("again", 0) + before["failed"],
+        "failures": again["failures"],
+        "seconds": before["seconds"] + again["seconds"],
+    }
 
 
 def proof(name: str, bound: str, results: list[dict[str, object]]) -> str:
@@ -124,7 +141,20 @@ def shortfall(one: dict[str, object]) -> str:
 
 
 def page(results: list[dict[str, object]], found: dict[str, str]) -> str:
-    heads = ("row", "python", "torch", "optree", "numpy", "tests", "passed", "failed", "skipped", "seconds", "date")
+    heads = (
+        "row",
+        "python",
+        "torch",
+        "optree",
+        "numpy",
+        "tests",
+        "passed",
+        "failed",
+        "skipped",
+        "again",
+        "seconds",
+        "date",
+    )
     lines = [TEXT, f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     lines += [f"| {' | '.join([str(one.get(head, '-')) for head in heads])} |" for one in results]
     lines += [f"\nRow {one['row']}: {one['broken']}." for one in results if "broken" in one]
@@ -142,6 +172,7 @@ def main() -> int:
     some = parser.add_mutually_exclusive_group()
     some.add_argument("--quick", action="store_true", help="only the laws")
     some.add_argument("--tests", nargs="+", default=[], metavar="FILE")
+    some.add_argument("--again", action="store_true", help="only what failed in the last run")
     parser.add_argument("--workers", type=int, default=2, help="processes of pytest-xdist")
     options = parser.parse_args()
     found = pythons()
@@ -150,14 +181,19 @@ def main() -> int:
     FOLDER.mkdir(exist_ok=True)
     chosen = {"oldest": next(iter(found)), "newest": next(reversed(found))}
     for row in options.rows:
-        tests = [QUICK] if options.quick else options.tests
+        kept = FOLDER / f"{row}.json"
+        before = json.loads(kept.read_text()) if options.again and kept.exists() else {}
+        if options.again and not before.get("failures"):
+            print(f"{row}: nothing failed in the last run")
+            continue
+        tests = before["failures"] if options.again else [QUICK] if options.quick else options.tests
         result = run_suite(row, found[chosen[row]], chosen[row], tests, options.workers)
-        (FOLDER / f"{row}.json").write_text(json.dumps(result, indent=1))
-    kept = [json.loads((FOLDER / f"{row}.json").read_text()) for row in ROWS if (FOLDER / f"{row}.json").exists()]
-    text = page(kept, found)
+        kept.write_text(json.dumps(joined(before, result) if options.again else result, indent=1))
+    results = [json.loads((FOLDER / f"{row}.json").read_text()) for row in ROWS if (FOLDER / f"{row}.json").exists()]
+    text = page(results, found)
     (ROOT / "docs" / "matrix.md").write_text(text)
     print(f"\n{text}")
-    return int(any([one.get("failed") != 0 for one in kept]))
+    return int(any([one.get("failed") != 0 for one in results]))
 
 
 if __name__ == "__main__":

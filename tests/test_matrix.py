@@ -1,11 +1,14 @@
 """What the page of versions says of a run, and no more."""
 
 import pytest
-from matrix import WHOLE, lower_bounds, page, pins, proof
+from matrix import WHOLE, joined, lower_bounds, page, pins, proof
 
 RUN = {
     "row": "oldest",
     "python": "3.11.7",
+    "numpy": "2.4.6",
+    "seconds": 100,
+    "failures": [],
     "torch": "2.13.0+cpu",
     "optree": "0.13.0",
     "tests": WHOLE,
@@ -39,10 +42,22 @@ def test_anything_less_proves_nothing(change, why):
 
 def test_failures_stand_on_the_page():
     text = page(
-        [RUN | {"failed": 1, "failures": ["tests.test_laws::test_off"]}, RUN | {"row": "newest"}], {"3.11.7": ""}
+        [RUN | {"failed": 1, "failures": ["tests/test_laws.py::test_off"]}, RUN | {"row": "newest"}], {"3.11.7": ""}
     )
-    assert "- `tests.test_laws::test_off`" in text
+    assert "- `tests/test_laws.py::test_off`" in text
     assert text.count("\n| ") == 3
+
+
+def test_failures_that_pass_again_are_counted_as_such():
+    before = RUN | {"failed": 2, "failures": ["a", "b"]}
+    again = RUN | {"tests": "a b", "passed": 1, "failed": 1, "skipped": 0, "failures": ["b"], "seconds": 5}
+    once = joined(before, again)
+    assert once == before | {"passed": 10, "failed": 1, "again": 2, "failures": ["b"], "seconds": 105}
+    twice = joined(once, again | {"failed": 0, "failures": []})
+    assert (twice["passed"], twice["failed"], twice["again"]) == (11, 0, 3)
+    assert proof("torch", "2.13", [twice]).startswith("- torch>=2.13: proven")
+    assert joined(before, again | {"torch": "2.14.0"}) == before
+    assert joined(before, again | {"broken": "pytest ended with 2"}) == before
 
 
 def test_bounds_come_from_the_project_and_leave_its_requirements_free():
