@@ -7,7 +7,7 @@ PAGES := biofunc '!biofunc\.' $(addprefix biofunc., random ensemble schedules di
 	volume crystallize temporal activity_rates rejuvenate lognormal dale splitting scaling activity studies.l2_init \
 	studies.shrink_and_perturb)
 
-.PHONY: demo test bench docs lint clean
+.PHONY: demo test matrix bench docs lint clean
 
 demo: .venv/demo
 	$(BIN)/python -m biofunc compare
@@ -15,6 +15,9 @@ demo: .venv/demo
 test: .venv/test lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term --cov-fail-under=95
 	BIOFUNC_QUICK=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbmake notebooks -o filterwarnings=default
+
+matrix:
+	$(PYTHON) tests/matrix.py $(ARGUMENTS)
 
 bench: .venv/test
 	$(BIN)/python tests/benchmarks/run.py
@@ -43,4 +46,4 @@ lint: .venv/test
 	@touch $@
 
 clean:
-	rm -rf .venv docs/api runs .hypothesis .mypy_cache .ruff_cache
+	rm -rf .venv .matrix docs/api runs .hypothesis .mypy_cache .ruff_cache

@@ -908,7 +908,7 @@ def test_split_models_can_be_exported_and_traced():
     assert not torch.allclose(expected, model(x))
     assert torch.equal(torch.export.export(split, (x,)).module()(x), expected)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.filterwarnings("ignore", "`torch.jit")  # deprecated, in a category that depends on the version
         assert torch.equal(torch.jit.trace(split, x)(x), expected)
 
 
@@ -917,7 +917,7 @@ def test_a_split_model_is_never_scripted_without_its_split():
     model = mlp()
     split = bf.split_synapses(model, 2)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.filterwarnings("ignore", "`torch.jit")  # deprecated, in a category that depends on the version
         torch.jit.script(model)
         for scripted in (split, split[0]):
             with pytest.raises((AssertionError, RuntimeError), match=r"Unsupported annotation|Split"):
@@ -1042,7 +1042,7 @@ def test_a_converted_model_runs_and_learns_in_its_precision(dtype):
 def test_split_models_can_be_pickled_and_saved(tmp_path):
     """B3: converted models can be neither pickled nor saved."""
     x, split = torch.randn(5, 6), bf.split_synapses(mlp(), 2, activation=torch.tanh)
-    with pytest.raises(AttributeError, match="pickle"):
+    with pytest.raises(AttributeError, match="local object"):
         pickle.dumps(original(mlp()))
     expected = split(x)
     assert torch.equal(pickle.loads(pickle.dumps(split))(x), expected)

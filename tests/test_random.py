@@ -123,6 +123,20 @@ def test_key_split_fold_in_and_uniform_give_the_bits_of_torch():
     assert random.fold_in(key, 123456789012345).tolist() == [-3942825089595795260, 4590933830167097235]
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 15), reason="torch.func._random draws on the CPU from 2.15 on")
+@given(pair=pairs, data=data, num=st.integers(1, 9))
+@example(pair=(3, 2**64 - 1), data=-1, num=9)
+def test_torch_itself_gives_these_bits(pair, data, num):
+    from torch.func import _random as native
+
+    key = key_of(pair)
+    theirs = key.view(torch.uint64)
+    assert torch.equal(random.split(key, num), native.split(theirs, num).view(torch.int64))
+    assert torch.equal(random.fold_in(key, data), native.fold_in(theirs, data).view(torch.int64))
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        assert torch.equal(random.uniform(key, (num,), dtype=dtype), native.uniform(theirs, num, dtype=dtype)), dtype
+
+
 @pytest.mark.parametrize(
     ("name", "digest"), [("", 0xCBF29CE484222325), ("a", 0xAF63DC4C8601EC8C), ("foobar", 0x85944171F73967E8)]
 )
