@@ -16,7 +16,7 @@ from biofunc.trees import Leaves, Tree, zero_of
 __all__ = ["Chain", "chain", "init"]
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class Chain:
     """Rules that run in order; made by `chain`.
 

@@ -1,7 +1,7 @@
 """A checkpoint's tree against the tree of the run that goes on: the same structure, paths, shapes and dtypes."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -80,7 +80,7 @@ def placed(saved: Tensor, like: Any, device: torch.device | str | None, path: st
     if is_sharded(like):
         from biofunc import checkpoint_sharded
 
-        return checkpoint_sharded.distributed(saved, like, path)
+        return checkpoint_sharded.distributed(saved, cast(Any, like), path)
     target = torch.device(device if device is not None else "cpu" if like is ABSENT else like.device)
     if target.type == "meta":
         raise ValueError(f"{at(path)} is on the meta device in like; say where it comes to: bf.load(…, device='cpu')")

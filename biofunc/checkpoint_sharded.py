@@ -53,9 +53,8 @@ def check_placements(tensors: Mapping[str, Tensor]) -> None:
             )
 
 
-def distributed(saved: Tensor, like: Tensor, path: str) -> Tensor:
+def distributed(saved: Tensor, like: DTensor, path: str) -> Tensor:
     """A tensor of a checkpoint as a DTensor, see `checkpoint_like.placed`."""
-    assert isinstance(like, DTensor)
     check_placements({path: like})
     if saved.is_meta:
         return torch.empty_like(like.detach(), memory_format=torch.contiguous_format)

@@ -68,11 +68,9 @@ class _Periodic:
 
 def _select_leaves(fires: Tensor, new: Any, old: Any) -> Any:
     """New where the rule fires, else old, through nested dicts; what the rule left alone is passed on as it is."""
-    if new is old:
-        return old
     if isinstance(new, dict):
         return {name: _select_leaves(fires, leaf, old[name]) for name, leaf in new.items()}
-    return torch.where(fires, new, old)
+    return old if new is old else torch.where(fires, new, old)
 
 
 def _value_if_known(flag: Tensor) -> bool | None:

@@ -50,10 +50,10 @@ def draws(key: Tensor, part: Part, kind: str) -> Tensor:
     if part.starts is None:
         block, lane, count = part.blocks()
         return philox.ragged_draws([key], [block], [count], kind)[0][lane:]
-    keys, width = _keys_of_runs(key, part)
+    keys, width = _keys_of_runs(key, part.starts, part.length)
     if philox.through_operator(key):
-        return _picked(philox.draws(keys, 4 * width, kind), part)
-    return _picked(philox.rows(keys[:, 0], keys[:, 1], width, kind), part)
+        return _picked(philox.draws(keys, 4 * width, kind), part.starts, part.length)
+    return _picked(philox.rows(keys[:, 0], keys[:, 1], width, kind), part.starts, part.length)
 
 
 def words(key: Tensor, part: Part) -> Tensor:
@@ -62,19 +62,17 @@ def words(key: Tensor, part: Part) -> Tensor:
         block, lane, count = part.blocks()
         offset = philox.advanced(key[1], torch.full_like(key[1], block))
         return philox.words(torch.stack([key[0], offset]), count)[lane:]
-    keys, width = _keys_of_runs(key, part)
-    return _picked(philox.words(keys, 4 * width), part)
+    keys, width = _keys_of_runs(key, part.starts, part.length)
+    return _picked(philox.words(keys, 4 * width), part.starts, part.length)
 
 
-def _keys_of_runs(key: Tensor, part: Part) -> tuple[Tensor, int]:
+def _keys_of_runs(key: Tensor, starts: Tensor, length: int) -> tuple[Tensor, int]:
     """A key for each run, whose stream begins with the block in which the run begins; and the blocks of a run."""
-    assert part.starts is not None
-    offset = philox.advanced(key[1], torch.div(part.starts, 4, rounding_mode="floor"))
-    return torch.stack([key[0].expand(offset.shape), offset], -1), (part.length + 2) // 4 + 1
+    offset = philox.advanced(key[1], torch.div(starts, 4, rounding_mode="floor"))
+    return torch.stack([key[0].expand(offset.shape), offset], -1), (length + 2) // 4 + 1
 
 
-def _picked(rows: Tensor, part: Part) -> Tensor:
+def _picked(rows: Tensor, starts: Tensor, length: int) -> Tensor:
     """The elements of the runs, out of the whole blocks in which they lie."""
-    assert part.starts is not None
-    columns = (part.starts & 3).unsqueeze(-1) + torch.arange(part.length, device=rows.device)
+    columns = (starts & 3).unsqueeze(-1) + torch.arange(length, device=rows.device)
     return rows.gather(-1, columns).flatten()

@@ -38,10 +38,10 @@ def unflatten(structure: optree.PyTreeSpec, flat: dict[str, Any]) -> Tree:
 def one_level(node: Any) -> tuple[tuple[Any, ...], list[Any], Callable[[list[Any]], Any]] | None:
     """Entries and children of a node, and the function that makes such a node of other children; None for a leaf."""
     try:
-        flat = optree.tree_flatten_one_level(node, namespace=NAMESPACE)
+        children, metadata, entries, unflatten, *_ = optree.tree_flatten_one_level(node, namespace=NAMESPACE)
     except ValueError:
         return None
-    return tuple(flat.entries), list(flat.children), lambda children: flat.unflatten_func(flat.metadata, children)
+    return tuple(entries), list(children), lambda children: unflatten(metadata, children)
 
 
 def register(

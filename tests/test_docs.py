@@ -253,6 +253,8 @@ def test_gotchas_are_as_they_say(entry, fresh_compiler, capsys):
         assert entry.count(f"\n{part}") == 1, part
     (imports,) = re.findall(r"```python\n(.*?)```", GOTCHAS[0], re.DOTALL)
     (snippet,) = re.findall(r"```python\n(.*?)```", entry, re.DOTALL)
+    if "FSDP" in entry.splitlines()[0] and torch.__version__ < (2, 13):
+        pytest.skip("torch 2.11 raises in a group of one process, where 2.13 gives wrong numbers")
     with torch.random.fork_rng():
         exec(imports + snippet, {})  # the page is our own text
 
