@@ -56,7 +56,8 @@ def rule(
     The function gets `params` and `grads` as dicts `{path: tensor}` of the synapses alone, in float32 where the
     leaves are bfloat16 or float16, and returns dicts of the same paths and shapes; it never writes into what it is
     given. It treats leaf by leaf: in a tree of several dtypes or devices it is called once for each, with the leaves of
-    that kind. Sharded leaves come as DTensors, and what it returns is placed like them again. It may declare two keywords that are filled in:
+    that kind. Sharded leaves come as DTensors, and what it returns is placed like them again. It may declare two
+    keywords that are filled in:
 
     - `noise`: `noise.draw(params, "normal", "uniform", "coin")` gives one dict of draws per kind, shaped like the
       leaves (a coin is one uniform per leaf); all the noise of a step comes from one call.
