@@ -16,8 +16,16 @@ __all__ = ["crystallised_fraction", "effective_number_of_rates", "rate_spectrum"
 
 State = TypeVar("State")
 
+
+class Edges(tuple[float, ...]):
+    """Edges of bins that help() shows by name, not as 81 numbers."""
+
+    def __repr__(self) -> str:
+        return "RATE_EDGES"
+
+
 # 80 bins a factor of 1.1 wide, from 0.001 to 2.04; the rate 1 lies in the middle of one, where rounding cannot split it
-RATE_EDGES = tuple([1.1 ** (k - 0.5) for k in range(-72, 9)])
+RATE_EDGES = Edges([1.1 ** (k - 0.5) for k in range(-72, 9)])
 
 
 def crystallised_fraction(

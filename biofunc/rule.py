@@ -75,6 +75,7 @@ class Rule:
         needs: signals without which it cannot run.
         ranges: the range of each numeric keyword.
         choices: the values that a keyword may have.
+        checks: what raises when a value of another kind that a keyword cannot have is bound.
         redraws: it puts new synapses in the place of old ones.
         writes_rates: it changes `state.plasticity`.
         applies_rates: it multiplies the descent direction by `state.plasticity`.
@@ -96,6 +97,7 @@ class Rule:
     needs: tuple[str, ...]
     ranges: Mapping[str, Interval]
     choices: Mapping[str, tuple[Any, ...]]
+    checks: Mapping[str, Callable[[str, Any], None]]
     redraws: bool
     writes_rates: bool
     applies_rates: bool
@@ -170,6 +172,8 @@ class Rule:
         for name, value in keywords.items():
             self.check_keyword(name, at_step=False)
             self.check_value(name, value)
+            if name in self.checks:
+                self.checks[name](self.name, value)
         return dataclasses.replace(self, bound={**self.bound, **keywords})
 
     def resolve(self, keywords: Mapping[str, Any], state: BioState) -> dict[str, Any]:
@@ -340,6 +344,8 @@ def on_trees(
         rule.check_needs(given_to(rule, signals))
     flat_params, params_structure = trees.flatten(params)
     flat_grads, grads_structure = trees.flatten(grads)
+    if flat_grads.keys() != flat_params.keys():
+        trees.check_none("grads", grads, flat_params)
     _check_inputs(flat_params, flat_grads, state)
     directions = {path: flat_grads[path] for path in flat_params}
     flat_params, directions, state = on_leaves(rules, flat_params, directions, state, signals)
