@@ -4,7 +4,7 @@ On the CPU a large ensemble runs better in chunks: `split` it, run every chunk t
 again. The tensors of one chunk stay in the processor's cache, and only one chunk at a time is held twice.
 """
 
-import operator
+import numbers
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -43,7 +43,7 @@ def init(make_model: Callable[[], nn.Module], seeds: Iterable[int]) -> tuple[Lea
         raise TypeError(f"make_model is {type(make_model).__name__}; give a function that builds one, lambda: Model(…)")
     if not isinstance(seeds, Iterable) or getattr(seeds, "ndim", 1) == 0:
         raise TypeError(f"seeds is {seeds!r}; give one integer per member, range(100)")
-    seeds = list(seeds)
+    seeds = seeds.tolist() if hasattr(seeds, "tolist") else list(seeds)
     if not seeds:
         raise ValueError("seeds is empty; an ensemble has at least one member")
     members: list[tuple[Leaves, Leaves]] = []
@@ -215,14 +215,9 @@ def _count(flat: Leaves) -> int:
 
 
 def _whole(seed: Any) -> int:
-    """A seed as Python's integer: those of NumPy and of integer tensors count too."""
-    is_bool = isinstance(seed, bool) or getattr(seed, "dtype", None) in (torch.bool, bool)
-    try:
-        if not is_bool:
-            return operator.index(seed)
-    except (TypeError, ValueError):
-        pass
-    raise TypeError(f"seeds holds {seed!r}; every seed is an integer")
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):  # NumPy's are integers too
+        raise TypeError(f"seeds holds {seed!r}; every seed is an integer")
+    return int(seed)
 
 
 def _check_whole(name: str, value: int) -> None:

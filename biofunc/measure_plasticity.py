@@ -16,16 +16,8 @@ __all__ = ["crystallised_fraction", "effective_number_of_rates", "rate_spectrum"
 
 State = TypeVar("State")
 
-
-class Edges(tuple[float, ...]):
-    """Edges of bins that help() shows by name, not as 81 numbers."""
-
-    def __repr__(self) -> str:
-        return "RATE_EDGES"
-
-
 # 80 bins a factor of 1.1 wide, from 0.001 to 2.04; the rate 1 lies in the middle of one, where rounding cannot split it
-RATE_EDGES = Edges([1.1 ** (k - 0.5) for k in range(-72, 9)])
+RATE_EDGES = tuple([1.1 ** (k - 0.5) for k in range(-72, 9)])
 
 
 def crystallised_fraction(
@@ -60,7 +52,7 @@ def crystallised_fraction(
 def rate_spectrum(
     state: BioState | Tensor,
     *,
-    edges: Sequence[float] | Tensor = RATE_EDGES,
+    edges: Sequence[float] | Tensor | None = None,
     where: Selection | BioState = None,
 ) -> Tensor:
     """Spectrum of learning rates: the share of the synapses in each bin.
@@ -78,7 +70,7 @@ def rate_spectrum(
         ValueError: edges that do not rise, the stacked state of an ensemble, or `where` selects nothing.
         TypeError, KeyError: `state` is no state, or `where` does not match it.
     """
-    edges = _edges(edges)
+    edges = _edges(RATE_EDGES if edges is None else edges)
     rates = [state.detach()] if isinstance(state, Tensor) else list(_rates(state, where).values())
     values = joined(rates)
     known = (~values.isnan()).to(torch.int64)
@@ -91,7 +83,7 @@ def rate_spectrum(
 def effective_number_of_rates(
     state: BioState | Tensor,
     *,
-    edges: Sequence[float] | Tensor = RATE_EDGES,
+    edges: Sequence[float] | Tensor | None = None,
     where: Selection | BioState = None,
 ) -> Tensor:
     """How many different learning rates a network has: 1 if all are equal, n if n rates are equally common.

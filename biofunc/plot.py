@@ -109,7 +109,7 @@ def survival_curve(
 def rate_spectrum(
     rates: BioState | Tensor,
     *,
-    edges: Sequence[float] = RATE_EDGES,
+    edges: Sequence[float] | None = None,
     where: Selection | BioState = None,
     colour: str = COLOURS[1],
     ax: Axes | None = None,
@@ -120,6 +120,7 @@ def rate_spectrum(
         rates: a state, or a tensor of rates of any shape; of the stacked state of an ensemble, the rates of all members
             together.
         edges: rising, positive edges of the bars; the first takes what is smaller too, the last what is larger.
+            Default: those of `measure.rate_spectrum`.
         where: which synapses of a state count; default: all.
         colour: of the bars.
         ax: axes to draw on; default: new ones.
@@ -131,6 +132,7 @@ def rate_spectrum(
         ValueError: edges that do not rise from above 0, or no rates.
         ValueError, TypeError, KeyError: as for `measure.rate_spectrum`.
     """
+    edges = RATE_EDGES if edges is None else edges
     if not edges[0] > 0:
         raise ValueError(f"edges start at {edges[0]}; the axis is logarithmic, so they start above 0")
     spectrum = partial(measure.rate_spectrum, edges=edges, where=where)
