@@ -5,6 +5,7 @@ from torch import Tensor
 
 from biofunc.bias_correction import bias_correction
 from biofunc.decorator import rule
+from biofunc.descend import refuse_lr
 from biofunc.rule import Hyperparameter, Rule, as_rule, named
 from biofunc.state import BioState
 from biofunc.trees import Leaves
@@ -13,6 +14,7 @@ __all__ = ["adam", "adamw"]
 
 
 def adam(
+    lr: None = None,
     *,
     beta1: Hyperparameter = 0.9,
     beta2: Hyperparameter = 0.999,
@@ -25,6 +27,7 @@ def adam(
     of `descend`.
 
     Args:
+        lr: never given; it is here so that the error says where the learning rate belongs, to `descend`.
         beta1: decay of the mean gradient, in [0, 1).
         beta2: decay of the mean squared gradient, in [0, 1).
         eps: added to the denominator, >= 0.
@@ -35,7 +38,7 @@ def adam(
         moments and their bias correction restart together.
 
     Raises:
-        ValueError, TypeError: a number out of its range.
+        ValueError, TypeError: a number out of its range, or an `lr`.
 
     Phase: optimizer.
 
@@ -43,10 +46,12 @@ def adam(
 
     Differs: nothing, but for what is said of re-drawn synapses.
     """
+    refuse_lr("adam", lr)
     return as_rule(_adam).bind(beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
 
 
 def adamw(
+    lr: None = None,
     *,
     beta1: Hyperparameter = 0.9,
     beta2: Hyperparameter = 0.999,
@@ -59,6 +64,7 @@ def adamw(
     that of `descend`.
 
     Args:
+        lr: never given; it is here so that the error says where the learning rate belongs, to `descend`.
         beta1: decay of the mean gradient, in [0, 1).
         beta2: decay of the mean squared gradient, in [0, 1).
         eps: added to the denominator, >= 0.
@@ -68,7 +74,7 @@ def adamw(
         The rule, for `chain`; it counts steps as `adam` does.
 
     Raises:
-        ValueError, TypeError: a number out of its range.
+        ValueError, TypeError: a number out of its range, or an `lr`.
 
     Phase: optimizer.
 
@@ -76,6 +82,7 @@ def adamw(
 
     Differs: nothing, but for what is said of re-drawn synapses.
     """
+    refuse_lr("adamw", lr)
     rule = named("adamw", _adam)
     return rule.bind(beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, decoupled=True)
 

@@ -5,6 +5,7 @@
 The rules of the three places are checked and ordered like those of a chain.
 """
 
+import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,6 +40,7 @@ def attach(
     update: Sequence[Any] = (),
     weight: Sequence[Any] = (),
     where: Selection = None,
+    **misspelt: Any,
 ) -> Attachment:
     """Lets rules act at each step of a torch.optim optimizer, in a training loop that stays as it is.
 
@@ -62,6 +64,7 @@ def attach(
         update: rules of phase direction: the place of `fuzzy_learning_rates` under Adam.
         weight: rules of phase weights.
         where: which parameters are synapses, see `Chain.init`.
+        misspelt: never given; it is here so that the error names what was meant.
 
     Returns:
         The Attachment, with `state`, `signal`, `state_dict`, `load_state_dict` and `detach`. Parameters without a
@@ -78,6 +81,11 @@ def attach(
         ValueError: rules in the wrong place or order, NAdam with rules that re-draw synapses, an optimizer that has
             rules attached already or none of the model's parameters, a layer without shape, or ranks with other keys.
     """
+    for name in misspelt:
+        known = ("key", "gradient", "update", "weight", "where")
+        close = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {close[0]}=?" if close else f"it takes {', '.join(known)}"
+        raise TypeError(f"attach takes no argument '{name}'; {hint}")
     if not isinstance(optimizer, optim.Optimizer):
         raise TypeError(f"optimizer is {type(optimizer).__name__}; give an optimizer of torch.optim")
     if not isinstance(model, nn.Module):

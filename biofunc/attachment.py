@@ -12,7 +12,7 @@ import torch.utils._pytree as torch_pytree
 from torch import Tensor, nn, optim
 
 from biofunc import torch_memory, trees
-from biofunc.rule import Flat, Rule, compute_dtype, on_leaves
+from biofunc.rule import Flat, Rule, check_signals, compute_dtype, given_to, on_leaves
 from biofunc.sharding import aligned, local, placed
 from biofunc.state import BioState
 from biofunc.trees import Leaves
@@ -72,7 +72,7 @@ class Attachment:
 
         Args:
             signals: by name, `activity=activity`, or a hyperparameter for this step; each rule gets those that its
-                signature declares.
+                signature declares. `**{"rule.keyword": value}` is for that rule alone.
 
         Raises:
             TypeError, ValueError: no rule takes a signal of this name at a step, or a number is out of its range.
@@ -81,14 +81,10 @@ class Attachment:
         if not self._attached:
             raise RuntimeError("the rules are detached, so that no step would take the signals; attach them again")
         rules = [rule for group in self.rules.values() for rule in group]
-        for name in signals:
-            takers = [rule for rule in rules if name in rule.accepts]
-            if not takers:
-                accepted = sorted({keyword for rule in rules for keyword in rule.accepts})
-                raise TypeError(f"no attached rule takes '{name}'; they take: {', '.join(accepted) or 'nothing'}")
-            for rule in takers:
-                rule.check_keyword(name, at_step=True)
-                rule.check_value(name, signals[name])
+        check_signals(rules, signals, "attached rule")
+        for rule in rules:
+            for name, value in given_to(rule, signals).items():
+                rule.check_value(name, value)
         self._signals.update(signals)
 
     def state_dict(self) -> dict[str, Any]:
@@ -158,7 +154,7 @@ class Attachment:
             return None
         self._check_groups(optimizer)
         for rule in [rule for group in self.rules.values() for rule in group]:
-            rule.check_needs(self._signals, "attachment.signal({0}={0})")
+            rule.check_needs(given_to(rule, self._signals), "attachment.signal({0}={0})")
         params = {path: p.detach() for path, p in self._params.items()}
         before = params
         if self.rules["update"] or self.rules["weight"]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from biofunc import philox, trees
 from biofunc.keys import check_key
 from biofunc.rule import Rule, as_rule, compute_dtype, on_trees
-from biofunc.selection import Selection, is_synapse, select_paths
+from biofunc.selection import Selection, is_synapse, select_paths, warn_of_stack
 from biofunc.state import BioState
 from biofunc.trees import Leaves, Tree, zero_of
 
@@ -26,23 +26,25 @@ class Chain:
 
     rules: tuple[Rule, ...]
 
-    def init(self, params: Tree, key: Tensor, *, where: Selection = None) -> BioState:
+    def init(self, params: Tree, key: Tensor, *, where: Selection = None, **misplaced: Any) -> BioState:
         """Makes the state with which learning starts.
 
         Args:
-            params: tree of floating-point parameters.
-            key: from `biofunc.random.key`.
+            params: tree of floating-point parameters; those of an ensemble under `torch.vmap(learn.init)`.
+            key: from `biofunc.random.key`; under vmap one per member.
             where: which leaves are synapses: a glob on paths, a predicate `(path, leaf) -> bool`, a tree of bools, or
                 `layers(model, *types)`; default: leaves of two or more dimensions. What is given selects alone, so
                 that a glob that matches biases makes synapses of them.
+            misplaced: never given; it is here so that a hyperparameter given to init is told where it belongs.
 
         Returns:
-            BioState with all the structure it will ever have.
+            BioState with all the structure it will ever have. Parameters that look like the stack of an ensemble are
+            warned of: the biases of several members would pass for synapses.
 
         Raises:
             TypeError, ValueError, KeyError: a leaf is not floating point, or `where` selects nothing.
         """
-        return init(params, key, *self.rules, where=where)
+        return init(params, key, *self.rules, where=where, **misplaced)
 
     def __call__(self, params: Tree, grads: Tree, state: BioState, **signals: Any) -> tuple[Tree, Tree, BioState]:
         """One step of learning.
@@ -52,7 +54,8 @@ class Chain:
             grads: tree of gradients, like params.
             state: from `init`.
             signals: keywords of rules, by name: activity, a loss, or a hyperparameter of this step. Each rule gets
-                those that its signature declares.
+                those that its signature declares, so that `rate=0.5` reaches all rules with a `rate`;
+                `**{"synaptic_scaling.rate": 0.5}` is for the rule of that name alone, and wins.
 
         Returns:
             New params, the descent direction as the last rule left it, and the new state.
@@ -96,7 +99,7 @@ def chain(*rules: Any) -> Chain:
     return Chain(tuple(flat))
 
 
-def init(params: Tree, key: Tensor, *rules: Any, where: Selection = None) -> BioState:
+def init(params: Tree, key: Tensor, *rules: Any, where: Selection = None, **misplaced: Any) -> BioState:
     """Makes the state for rules that are called one by one.
 
     Args:
@@ -104,6 +107,7 @@ def init(params: Tree, key: Tensor, *rules: Any, where: Selection = None) -> Bio
         key: from `biofunc.random.key`; it moves to the device of the parameters.
         rules: the rules that will be called with the state; keywords bound with `functools.partial` reach their init.
         where: which leaves are synapses, see `Chain.init`.
+        misplaced: never given, see `Chain.init`.
 
     Returns:
         BioState with all the structure it will ever have.
@@ -111,6 +115,12 @@ def init(params: Tree, key: Tensor, *rules: Any, where: Selection = None) -> Bio
     Raises:
         TypeError, ValueError, KeyError: a leaf is not floating point, a key is none, or `where` selects nothing.
     """
+    for name in misplaced:
+        takers = [rule.name for rule in map(as_rule, rules) if name in rule.accepts] or ["rule"]
+        raise TypeError(
+            f"init takes no keyword '{name}'; bind a hyperparameter to its rule, functools.partial({takers[0]}, "
+            f"{name}=…), in bf.chain(…) or in bf.init(params, key, …)"
+        )
     check_key(key)
     if key.dim() != 1:
         raise ValueError(
@@ -122,6 +132,8 @@ def init(params: Tree, key: Tensor, *rules: Any, where: Selection = None) -> Bio
     trees.check_given(params)
     flat, _ = trees.flatten(params)
     trees.check_params(flat)
+    if where is None:
+        warn_of_stack("params", flat, "make the states of an ensemble by torch.vmap(learn.init)(params, keys)")
     if flat:
         key = key.to(next(iter(flat.values())).device)
         philox.normal_table(key.device)  # is then there for steps that are compiled

@@ -42,6 +42,7 @@ def rule(
     phase: Phase | None = None,
     ranges: Mapping[str, str] | None = None,
     choices: Mapping[str, tuple[Any, ...]] | None = None,
+    checks: Mapping[str, Callable[[str, Any], None]] | None = None,
     init: Callable[..., BioState] | None = None,
     memory: Mapping[str, float] | None = None,
     redraws: bool = False,
@@ -54,13 +55,15 @@ def rule(
     """Makes a rule of a function `f(params, grads, state, *, keywords) -> (params, grads, state)`.
 
     The function gets `params` and `grads` as dicts `{path: tensor}` of the synapses alone, in float32 where the
-    leaves are bfloat16 or float16, and returns dicts of the same paths and shapes; it never writes into what it is
-    given. It treats leaf by leaf: in a tree of several dtypes or devices it is called once for each, with the leaves of
-    that kind. Sharded leaves come as DTensors, and what it returns is placed like them again. It may declare two
-    keywords that are filled in:
+    leaves are bfloat16 or float16, and returns dicts of the same paths and shapes. It never writes into what it is
+    given: eager code without vmap refuses a rule that wrote into params or grads, elsewhere nobody notices. It treats
+    leaf by leaf: in a tree of several dtypes or devices it is called once for each, with the leaves of that kind.
+    Sharded leaves come as DTensors, and what it returns is placed like them again. It may declare two keywords that are
+    filled in:
 
-    - `noise`: `noise.draw(params, "normal", "uniform", "coin")` gives one dict of draws per kind, shaped like the
-      leaves (a coin is one uniform per leaf); all the noise of a step comes from one call.
+    - `noise`: `noise.draw(params, "normal", "uniform", "coin")` gives a list, one dict of draws per kind, shaped like
+      the leaves (a coin is one uniform per leaf): `(z,) = noise.draw(params, "normal")`, then `z[path]`. All the noise
+      of a step comes from one call.
     - `name`: the name of its slot; `state.slots[name]["trace"]` is what it kept, and
       `state.with_slot(name, trace=new)` is the state that keeps the new tensors.
 
@@ -72,6 +75,7 @@ def rule(
         ranges: the range of each numeric keyword in interval notation, `{"rate": "[0, 1)"}`. These keywords may
             be floats, 0-d tensors or schedules; floats are checked.
         choices: the values that other keywords may have, `{"selection": ("small", "random")}`.
+        checks: for keywords of another kind, functions `(rule's name, value)` that raise when such a value is bound.
         init: `f(params, state, *, keywords) -> state` on the same dicts; may declare hyperparameters (they then
             cannot be given at a step), `noise`, `name`, and `redraws` (whether any rule re-draws synapses). Default:
             what `memory` says.
@@ -91,11 +95,14 @@ def rule(
 
     Raises:
         ValueError: the phase is unknown, a range is not in interval notation, or a default lies outside it.
-        TypeError: a range or a choice is given for a keyword that the function does not declare.
+        TypeError: a range, a choice or a check is given for a keyword that the function does not declare, or memory
+            without values.
     """
+    if memory is not None and not isinstance(memory, Mapping):
+        raise TypeError(f"memory is {memory!r}; give a dict by name, with the value at the start: {{'trace': 0.0}}")
     if function is not None:
         raise TypeError("write @bf.rule(phase=…) above the function, with its parentheses")
-    for given, what in ((ranges, "ranges"), (choices, "choices"), (memory, "memory")):
+    for given, what in ((ranges, "ranges"), (choices, "choices")):
         if given is not None and not isinstance(given, Mapping):
             raise TypeError(f"{what} is {given!r}; give a dict by name")
     if phase is None or phase not in get_args(Phase):
@@ -105,9 +112,11 @@ def rule(
         signature = inspect.signature(function)
         keywords, init_keywords = _keyword_names(function), _keyword_names(init)
         at_init = tuple([name for name in init_keywords if name not in INJECTED])
-        for name in [*(ranges or {}), *(choices or {}), *at_init]:
+        for name in [*(ranges or {}), *(choices or {}), *(checks or {}), *at_init]:
             if name not in keywords:
-                raise TypeError(f"{function.__name__} declares no keyword '{name}'")
+                hint = f"; make the argument keyword-only, (params, grads, state, *, {name}=…)"
+                hint = hint if name in signature.parameters else ""
+                raise TypeError(f"{function.__name__} declares no keyword '{name}'{hint}")
         made = Rule(
             name=function.__name__.lstrip("_"),
             phase=phase,
@@ -121,6 +130,7 @@ def rule(
                 for name, text in (ranges or {}).items()
             },
             choices=dict(choices or {}),
+            checks=dict(checks or {}),
             redraws=redraws,
             writes_rates=writes_rates,
             applies_rates=applies_rates,
@@ -204,7 +214,9 @@ def _transform(
             given["noise"] = Noise(keywords["noise"][rule.name])
         if "name" in rule.keywords:
             given["name"] = rule.name
+        writes = _writes(weights, directions)
         result = function(dict(weights), dict(directions), state, **given)
+        _check_writes(rule.name, weights, directions, writes)
         if not (isinstance(result, tuple) and len(result) == 3):
             raise ValueError(f"{rule.name} must return (params, grads, state)")
         _check_slot(rule.name, result[2], state)
@@ -290,6 +302,25 @@ def _placed(new: BioState, old: BioState) -> BioState:
     }
     fields = {name: back(getattr(new, name), getattr(old, name)) for name in ("plasticity", "polarity", "activity")}
     return new.replace(slots=slots, **fields)
+
+
+def _writes(params: Leaves, grads: Leaves) -> list[int]:
+    """How often each tensor that a rule is handed was written into; nothing where nobody counts that."""
+    if torch.compiler.is_compiling():
+        return []
+    try:
+        return [leaf._version for leaf in [*params.values(), *grads.values()]]
+    except RuntimeError:  # torch.inference_mode counts no writes
+        return []
+
+
+def _check_writes(name: str, params: Leaves, grads: Leaves, before: list[int]) -> None:
+    """Raises a ValueError that names the first leaf into which a rule wrote."""
+    after = _writes(params, grads)
+    if after != before:
+        places = [*[f"params leaf '{path}'" for path in params], *[f"grads leaf '{path}'" for path in grads]]
+        changed = [place for place, old, new in zip(places, before, after, strict=True) if new != old]
+        raise ValueError(f"{name} wrote into {changed[0]} in place; make a new tensor, 0.9 * w for w.mul_(0.9)")
 
 
 def _check_slot(name: str, new: BioState, old: BioState) -> None:

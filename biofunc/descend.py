@@ -1,5 +1,7 @@
 """The step itself: parameters move against the descent direction."""
 
+from typing import Any
+
 from biofunc.decorator import rule
 from biofunc.rule import Hyperparameter, Rule, as_rule
 from biofunc.state import BioState
@@ -27,6 +29,15 @@ def descend(lr: Hyperparameter) -> Rule:
     Differs: nothing.
     """
     return as_rule(_descend).bind(lr=lr)
+
+
+def refuse_lr(name: str, lr: Any) -> None:
+    """Raises a TypeError if an optimizer is given the learning rate."""
+    if lr is not None:
+        raise TypeError(
+            f"{name} takes no lr, given as {lr!r}: it makes a direction, and the rate belongs to the rule that moves "
+            f"parameters, bf.chain(bf.{name}(), bf.descend({lr!r}))"
+        )
 
 
 @rule(phase="descend", ranges={"lr": "[0, inf)"}, every_leaf=True)

@@ -9,6 +9,8 @@ The factor belongs on the update. In front of Adam a constant factor cancels in 
 makes no difference which side of the optimizer it stands on.
 """
 
+from typing import Any
+
 from torch import Tensor
 
 from biofunc import distributions
@@ -20,6 +22,18 @@ from biofunc.state import BioState
 from biofunc.trees import Leaves
 
 __all__ = ["fuzzy_learning_rates"]
+
+
+def _check_distribution(name: str, distribution: Any) -> None:
+    if isinstance(distribution, str) and distribution not in distributions.NAMED:
+        raise ValueError(
+            f"{name}: distribution is '{distribution}'; it must be one of {', '.join(distributions.NAMED)}, "
+            "or a function (key, weight, nu, path) -> rates, such as bf.distributions.layer_adaptive(paths)"
+        )
+    if not isinstance(distribution, str) and not callable(distribution):
+        raise TypeError(
+            f"{name}: distribution is {distribution!r}; give a name or a function (key, weight, nu, path) -> rates"
+        )
 
 
 def _draw_rates(
@@ -36,11 +50,6 @@ def _draw_rates(
     if not isinstance(rate_min, Tensor) and not isinstance(rate_max, Tensor) and rate_min > rate_max:
         raise ValueError(f"{name}: rate_min is {rate_min} and rate_max {rate_max}; rate_min must not exceed rate_max")
     if isinstance(distribution, str):
-        if distribution not in distributions.NAMED:
-            raise ValueError(
-                f"{name}: distribution is '{distribution}'; it must be one of {', '.join(distributions.NAMED)}, "
-                "or a function (key, weight, nu, path) -> rates, such as bf.distributions.layer_adaptive(paths)"
-            )
         distribution = distributions.NAMED[distribution]
     if not callable(distribution):
         raise TypeError(
@@ -67,6 +76,7 @@ def _draw_rates(
 @rule(
     phase="direction",
     ranges={"nu": "[0, 1)", "rate_min": "[0, 1]", "rate_max": "[1, inf]"},
+    checks={"distribution": _check_distribution},
     init=_draw_rates,
     applies_rates=True,
 )
@@ -100,8 +110,8 @@ def fuzzy_learning_rates(
         params and state as given, and the scaled directions.
 
     Raises:
-        ValueError, TypeError: at init, a number out of its range, an unknown distribution or a schedule; at a step, any
-            of the hyperparameters.
+        ValueError, TypeError: when bound, a number out of its range, an unknown distribution or a schedule; at a step,
+            any of the hyperparameters.
         KeyError: the state was made without this rule.
 
     Phase: direction; behind the optimizer, since Adam cancels constant factors on its gradient.

@@ -53,7 +53,7 @@ def crystallised_fraction(
 def rate_spectrum(
     state: BioState | Tensor,
     *,
-    edges: Sequence[float] | Tensor = RATE_EDGES,
+    edges: Sequence[float] | Tensor | None = None,
     where: Selection | BioState = None,
 ) -> Tensor:
     """Spectrum of learning rates: the share of the synapses in each bin.
@@ -71,7 +71,7 @@ def rate_spectrum(
         ValueError: edges that do not rise, the stacked state of an ensemble, or `where` selects nothing.
         TypeError, KeyError: `state` is no state, or `where` does not match it.
     """
-    edges = _edges(edges)
+    edges = _edges(RATE_EDGES if edges is None else edges)
     rates = [whole(state.detach())] if isinstance(state, Tensor) else list(_rates(state, where).values())
     values = joined(rates)
     known = (~values.isnan()).to(torch.int64)
@@ -84,7 +84,7 @@ def rate_spectrum(
 def effective_number_of_rates(
     state: BioState | Tensor,
     *,
-    edges: Sequence[float] | Tensor = RATE_EDGES,
+    edges: Sequence[float] | Tensor | None = None,
     where: Selection | BioState = None,
 ) -> Tensor:
     """How many different learning rates a network has: 1 if all are equal, n if n rates are equally common.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from biofunc import trees
 from biofunc.rule import compute_dtype
-from biofunc.selection import Selection, select_paths
+from biofunc.selection import Selection, select_paths, warn_of_stack
 from biofunc.sharding import whole
 from biofunc.state import BioState
 from biofunc.trees import Leaves, Tree
@@ -42,6 +42,7 @@ def selected(flat: Leaves, where: Selection | BioState) -> list[str]:
             raise KeyError(f"where is a state with the synapses '{missing[0]}', which the tree lacks")
         return list(where.plasticity)
     if where is None:
+        warn_of_stack("leaves", flat, "measure an ensemble under torch.vmap")
         return [path for path, leaf in flat.items() if leaf.dim() >= 2] or list(flat)
     return select_paths(where, flat)
 

@@ -6,6 +6,7 @@ differ in marker as well as in colour, so that colour-blind readers and grey pri
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ Curves = Mapping[str, Any]
 
 
 def learning_curves(
-    curves: Curves,
+    curves: Curves | Tensor,
     steps: Sequence[float] | Tensor | None = None,
     *,
     baseline: str | None = None,
@@ -52,7 +53,8 @@ def learning_curves(
     The band is mean ± 1.96 sd / sqrt(members), the normal approximation: too narrow for fewer than some ten members.
 
     Args:
-        curves: by name, accuracy, loss or paired differences: a tensor or array `(members, time)`, or `(time,)`.
+        curves: accuracy, loss or paired differences: a tensor or array `(members, time)`, or `(time,)`; or several by
+            name.
         steps: `(time,)`, where they were taken; default: 0, 1, 2, ...
         baseline: the arm with which the others are compared, drawn as a black dotted line on top.
         symlog: half-width around 0 within which the vertical axis is straight; logarithmic beyond. Default: straight.
@@ -66,10 +68,11 @@ def learning_curves(
             that is no arm, or a `symlog` that is not positive.
         TypeError: curves is no dict, or `ax` no axes.
     """
-    if baseline is not None and baseline not in curves:
-        raise ValueError(f"baseline is '{baseline}'; the curves are {', '.join(curves)}")
+    named = {"": curves} if isinstance(curves, Tensor | numpy.ndarray) else curves
+    if baseline is not None and baseline not in named:
+        raise ValueError(f"baseline is '{baseline}'; the curves are {', '.join(named) or 'none'}")
     _check_symlog(symlog)
-    ax = _draw_curves(curves, steps, baseline, ax)
+    ax = _draw_curves(named, steps, baseline, ax)
     ax.set_xlabel("step")
     if symlog is not None:
         _symlog(ax, "y", symlog)
@@ -107,7 +110,7 @@ def survival_curve(
 def rate_spectrum(
     rates: BioState | Tensor,
     *,
-    edges: Sequence[float] = RATE_EDGES,
+    edges: Sequence[float] | None = None,
     where: Selection | BioState = None,
     colour: str = COLOURS[1],
     ax: Axes | None = None,
@@ -115,8 +118,10 @@ def rate_spectrum(
     """Draws a histogram of the synapses' learning rates, both axes logarithmic; the dotted line is the rate 1.
 
     Args:
-        rates: a state, or a tensor of rates of any shape; for an ensemble the joined rates of its members.
+        rates: a state, or a tensor of rates of any shape; of the stacked state of an ensemble, the rates of all members
+            together.
         edges: rising, positive edges of the bars; the first takes what is smaller too, the last what is larger.
+            Default: those of `measure.rate_spectrum`.
         where: which synapses of a state count; default: all.
         colour: of the bars.
         ax: axes to draw on; default: new ones.
@@ -128,9 +133,12 @@ def rate_spectrum(
         ValueError: edges that do not rise from above 0, or no rates.
         ValueError, TypeError, KeyError: as for `measure.rate_spectrum`.
     """
+    edges = RATE_EDGES if edges is None else edges
     if not edges[0] > 0:
         raise ValueError(f"edges start at {edges[0]}; the axis is logarithmic, so they start above 0")
-    shares = _numbers(measure.rate_spectrum(rates, edges=edges, where=where))
+    spectrum = partial(measure.rate_spectrum, edges=edges, where=where)
+    stacked = isinstance(rates, BioState) and rates.key.dim() > 1
+    shares = _numbers(torch.vmap(spectrum)(rates).mean(0) if stacked else spectrum(rates))
     if numpy.isnan(shares).any():
         raise ValueError("rates hold no synapse; there is nothing to draw")
     ax = _axes(ax)

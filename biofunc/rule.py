@@ -76,6 +76,7 @@ class Rule:
         needs: signals without which it cannot run.
         ranges: the range of each numeric keyword.
         choices: the values that a keyword may have.
+        checks: what raises when a value of another kind that a keyword cannot have is bound.
         redraws: it puts new synapses in the place of old ones.
         writes_rates: it changes `state.plasticity`.
         applies_rates: it multiplies the descent direction by `state.plasticity`.
@@ -97,6 +98,7 @@ class Rule:
     needs: tuple[str, ...]
     ranges: Mapping[str, Interval]
     choices: Mapping[str, tuple[Any, ...]]
+    checks: Mapping[str, Callable[[str, Any], None]]
     redraws: bool
     writes_rates: bool
     applies_rates: bool
@@ -171,6 +173,8 @@ class Rule:
         for name, value in keywords.items():
             self.check_keyword(name, at_step=False)
             self.check_value(name, value)
+            if name in self.checks:
+                self.checks[name](self.name, value)
         return dataclasses.replace(self, bound={**self.bound, **keywords})
 
     def resolve(self, keywords: Mapping[str, Any], state: BioState) -> dict[str, Any]:
@@ -210,8 +214,8 @@ class Rule:
             raise TypeError(f"{self.name} takes no keyword '{name}'; {hint}")
         if at_step and name in self.at_init:
             raise TypeError(
-                f"{self.name}: {name} acts at init and cannot be given at a step; "
-                f"bind it before: bf.init(params, key, functools.partial(rule, {name}=…))"
+                f"{self.name}: {name} acts at init and cannot be given at a step; bind it before, "
+                f"functools.partial({self.name}, {name}=…), in bf.chain(…) or in bf.init(params, key, …)"
             )
 
     def check_needs(self, signals: Mapping[str, Any], hand_over: str = "learn(params, grads, state, {0}={0})") -> None:
@@ -313,21 +317,44 @@ def named(name: str, rule: Any) -> Rule:
     return dataclasses.replace(as_rule(rule), name=name)
 
 
+def check_signals(rules: Sequence[Rule], signals: Mapping[str, Any], kind: str) -> None:
+    """Raises a TypeError for a signal that no rule takes at a step.
+
+    kind: what the rules are, for the message; "" for a single one, which then says what it takes.
+    """
+    for name in signals:
+        address, _, keyword = name.rpartition(".")
+        takers = [rule for rule in rules if (rule.name == address if address else keyword in rule.accepts)]
+        if kind and address and not takers:
+            names = ", ".join([rule.name for rule in rules])
+            raise TypeError(f"no {kind} is named '{address}', as '{name}' says; their names are: {names}")
+        if kind and not takers:
+            accepted = sorted({keyword for rule in rules for keyword in rule.accepts if keyword not in rule.at_init})
+            raise TypeError(f"no {kind} takes '{name}'; they take: {', '.join(accepted) or 'nothing'}")
+        for rule in takers:
+            rule.check_keyword(keyword, at_step=True)
+        if not takers:
+            rules[0].check_keyword(name, at_step=True)
+
+
+def given_to(rule: Rule, signals: Mapping[str, Any]) -> dict[str, Any]:
+    """The signals that are for a rule, by keyword: those of its keywords' names, and "rule.keyword", which wins."""
+    keywords = {name: value for name, value in signals.items() if name in rule.accepts}
+    addressed = {name: name.rpartition(".") for name in signals if "." in name}
+    return keywords | {keyword: signals[name] for name, (to, _, keyword) in addressed.items() if to == rule.name}
+
+
 def on_trees(
     rules: list[Rule], params: Tree, grads: Tree, state: BioState, signals: Mapping[str, Any]
 ) -> tuple[Tree, Tree, BioState]:
     """Runs rules on whole trees: checks all of the input, then each rule on flat dicts, then back to trees."""
-    for name in signals:
-        takers = [rule for rule in rules if name in rule.accepts]
-        if len(rules) > 1 and not takers:
-            accepted = sorted({keyword for rule in rules for keyword in rule.accepts})
-            raise TypeError(f"no rule of the chain takes '{name}'; they take: {', '.join(accepted) or 'nothing'}")
-        for rule in takers or rules:
-            rule.check_keyword(name, at_step=True)
+    check_signals(rules, signals, "" if len(rules) == 1 else "rule of the chain")
     for rule in rules:
-        rule.check_needs(signals)
+        rule.check_needs(given_to(rule, signals))
     flat_params, params_structure = trees.flatten(params)
     flat_grads, grads_structure = trees.flatten(grads)
+    if flat_grads.keys() != flat_params.keys():
+        trees.check_none("grads", grads, flat_params)
     _check_inputs(flat_params, flat_grads, state)
     directions = {path: aligned("grads", path, flat_grads[path], leaf) for path, leaf in flat_params.items()}
     flat_params, directions, state = on_leaves(rules, flat_params, directions, state, signals)
@@ -344,7 +371,7 @@ def on_leaves(
     keyed = params if any(rule.every_leaf for rule in drawing) else state.plasticity
     noise = StepKeys(state, [rule.name for rule in drawing], list(keyed))
     for rule in rules:
-        keywords = {name: value for name, value in signals.items() if name in rule.accepts}
+        keywords = given_to(rule, signals)
         if rule.draws:
             keywords["noise"] = noise
         params, grads, state = rule.transform(rule, params, grads, state, keywords)

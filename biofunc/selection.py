@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -84,6 +85,11 @@ def prepared(where: Selection) -> Selection:
 
 
 def _mask(where: Tree) -> Mask:
+    if isinstance(where, list | tuple) and where and all([isinstance(entry, str) for entry in where]):
+        raise TypeError(
+            f"where is {where!r}, and a list is read as a tree of bools; give a glob on paths, '*.weight', or a "
+            "predicate, lambda path, leaf: path in {…}"
+        )
     return where if isinstance(where, Mask) else Mask(trees.flatten(where)[0])
 
 
@@ -128,3 +134,15 @@ def _from_mask(mask: dict[str, Any], params: Leaves) -> list[str]:
         if path not in mask:
             raise KeyError(f"where has no leaf '{path}' that params has; a mask tree holds one bool per leaf")
     return [path for path in params if mask[path]]
+
+
+def warn_of_stack(name: str, params: Leaves, remedy: str) -> None:
+    """Warns where all that is called bias has two or more dimensions, and all leaves as many members: a stack."""
+    biases = [path for path in params if path.replace("/", ".").rpartition(".")[2] == "bias"]
+    members = {leaf.shape[0] if leaf.dim() else None for leaf in params.values()}
+    if biases and len(members) == 1 and all([params[path].dim() > 1 for path in biases]):
+        warnings.warn(
+            f"{name} look like the stack of an ensemble: '{biases[0]}' has shape {tuple(params[biases[0]].shape)} and "
+            f"passes for a synapse; {remedy}, or name the synapses with where=",
+            stacklevel=4,
+        )

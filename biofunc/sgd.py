@@ -1,6 +1,7 @@
 """Stochastic gradient descent with momentum, as a rule that turns gradients into an update direction."""
 
 from biofunc.decorator import rule
+from biofunc.descend import refuse_lr
 from biofunc.rule import Hyperparameter, Rule, as_rule
 from biofunc.state import BioState
 from biofunc.trees import Leaves
@@ -8,13 +9,20 @@ from biofunc.trees import Leaves
 __all__ = ["sgd"]
 
 
-def sgd(*, momentum: Hyperparameter = 0.0, nesterov: bool = False, weight_decay: Hyperparameter = 0.0) -> Rule:
+def sgd(
+    lr: None = None,
+    *,
+    momentum: Hyperparameter = 0.0,
+    nesterov: bool = False,
+    weight_decay: Hyperparameter = 0.0,
+) -> Rule:
     """Makes the momentum rule: `m <- momentum m + (g + weight_decay w)`, direction m.
 
     `chain(sgd(momentum=0.9), descend(0.1))` computes what `torch.optim.SGD(lr=0.1, momentum=0.9)` does; the learning
     rate is that of `descend`, which alone is SGD without momentum.
 
     Args:
+        lr: never given; it is here so that the error says where the learning rate belongs, to `descend`.
         momentum: share of the last direction that is kept, in [0, 1); 0: none.
         nesterov: look ahead: direction `g + momentum m`.
         weight_decay: L2 penalty, >= 0, added to the gradient; 0: none.
@@ -23,7 +31,7 @@ def sgd(*, momentum: Hyperparameter = 0.0, nesterov: bool = False, weight_decay:
         The rule, for `chain`. The momentum of a re-drawn synapse restarts at 0.
 
     Raises:
-        ValueError, TypeError: a number out of its range.
+        ValueError, TypeError: a number out of its range, or an `lr`.
 
     Phase: optimizer.
 
@@ -31,6 +39,7 @@ def sgd(*, momentum: Hyperparameter = 0.0, nesterov: bool = False, weight_decay:
 
     Differs: nothing, but for what is said of re-drawn synapses.
     """
+    refuse_lr("sgd", lr)
     return as_rule(_sgd).bind(momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
 
 

@@ -67,7 +67,16 @@ class BioState:
 
         Returns:
             The new state.
+
+        Raises:
+            TypeError: an entry is no dict of tensors by path.
         """
+        for entry, leaves in entries.items():
+            if not isinstance(leaves, Mapping):
+                raise TypeError(
+                    f"with_slot: {entry} is {type(leaves).__name__}; give a dict {{path: tensor}}, "
+                    f"{entry}={{path: … for path in params}}"
+                )
         slot = self.slots.get(name, {})
         merged = {**slot, **{entry: {**slot.get(entry, {}), **leaves} for entry, leaves in entries.items()}}
         return self.replace(slots={**self.slots, name: merged})

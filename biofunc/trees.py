@@ -94,6 +94,18 @@ def check_params(params: dict[str, Any]) -> None:
         check_placement(path, leaf)
 
 
+def check_none(name: str, tree: Tree, params: Leaves) -> None:
+    """Raises a TypeError that names the first leaf which is None where the parameters have one: `flatten` drops it."""
+    paths, leaves, _ = optree.tree_flatten_with_path(tree, none_is_leaf=True, namespace=NAMESPACE)
+    for entries, leaf in zip(paths, leaves, strict=True):
+        path = "/".join([str(entry) for entry in entries])
+        if leaf is None and path in params:
+            raise TypeError(
+                f"{name} leaf '{path}' is None: was backward() called, and does the loss depend on the parameter? "
+                "Give torch.zeros_like(p) for one that is not used"
+            )
+
+
 def check_like(name: str, given: dict[str, Any], params: Leaves) -> None:
     """Raises an error that names the first path at which a tree does not match the parameters."""
     for path in params:

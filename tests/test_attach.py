@@ -852,6 +852,15 @@ def test_a_hyperparameter_can_be_given_for_one_step():
         run.attached.signal(nu=0.3)
     with pytest.raises(ValueError, match=r"crystallize: dampening_factor is 2; it must lie in \(0, 1\]"):
         run.attached.signal(dampening_factor=2)
+    with pytest.raises(TypeError, match=r"no attached rule takes 'rate'; they take: (?!.*\bnu\b)"):
+        run.attached.signal(rate=1)
+    run.attached.signal(**{"crystallize.dampening_factor": 0.5, "dampening_factor": 0.25})
+    run.train(1)
+    assert (run.state.plasticity["0.weight"] == 0.5 * 0.6 * 0.5).all()
+    with pytest.raises(TypeError, match=r"no attached rule is named 'settle', as .*: crystallize, fuzzy_learn"):
+        run.attached.signal(**{"settle.dampening_factor": 0.5})
+    with pytest.raises(ValueError, match=r"crystallize: dampening_factor is 2; it must lie in \(0, 1\]"):
+        run.attached.signal(**{"crystallize.dampening_factor": 2})
 
 
 # --- bad input ---
@@ -865,6 +874,8 @@ def test_a_hyperparameter_can_be_given_for_one_step():
         ({"model": nn.Module()}, ValueError, r"none of the model's parameters; make it with model\.parameters\(\)"),
         ({"key": 0}, TypeError, r"made by biofunc\.random\.key\(seed\)"),
         ({"where": "nothing*"}, ValueError, r"where='nothing\*' selects no synapse; the paths are: "),
+        ({"weights": [redraw]}, TypeError, r"attach takes no argument 'weights'; did you mean weight=\?"),
+        ({"rules": [redraw]}, TypeError, "no argument 'rules'; it takes key, gradient, update, weight, where"),
         ({"weight": []}, TypeError, r"no rules; give some in gradient=\[…\], update=\[…\] or weight=\[…\]"),
         ({"weight": bf.rejuvenate_weights}, TypeError, r"give a list of rules, weight=\[…\]"),
         ({"weight": [torch.relu]}, TypeError, r"relu is not a rule; decorate a function of your own with @bf\.rule"),

@@ -277,7 +277,7 @@ ROWS = [
     (lambda w: measure.crystallised_fraction(w.params), T, "state is dict; give the BioState of the run"),
     (lambda w: measure.crystallised_fraction(w.state, below=-1), V, "below is -1; it must be 0 or larger"),
     (lambda w: measure.rate_spectrum(w.state, edges=[1, 0.5]), V, "edges are [1, 0.5]; give two or more that rise"),
-    (lambda w: measure.rate_spectrum(w.state, edges=None), T, "edges are None; give two or more numbers that rise"),
+    (lambda w: measure.rate_spectrum(w.state, edges="fine"), T, "edges are 'fine'; give two or more numbers that rise"),
     (lambda w: measure.effective_number_of_rates(3), T, "state is int; give the BioState of the run"),
     (lambda w: measure.response_probe(3, w.params, w.state, [()], lambda p: half), T, "step is 3; it must be a func"),
     (lambda w: measure.response_probe(len, w.params, w.state, [()], lambda p: 1.0), T, "loss gives float; it must"),
@@ -287,7 +287,7 @@ ROWS = [
     (lambda w: measure.effective_rank([[1.0]]), T, "features is of list; it must be a floating-point tensor"),
     # pictures
     (lambda w: plot.learning_curves({}), V, "curves is empty; give at least one"),
-    (lambda w: plot.learning_curves(w.params["a"]), T, "curves is Tensor; give a dict of curves by name"),
+    (lambda w: plot.learning_curves([1.0, 2.0]), T, "curves is list; give a dict of curves by name"),
     (lambda w: plot.learning_curves(w.params, baseline="z"), V, "baseline is 'z'; the curves are a, b"),
     (lambda w: plot.learning_curves(w.params, symlog=0), V, "symlog is 0; it must be positive"),
     (lambda w: plot.survival_curve(w.params["a"], times=[1, 2]), V, "has shape (2, 3); give (members, time), with 2"),

@@ -151,6 +151,49 @@ def test_signals_reach_the_rules_that_declare_them_and_unknown_ones_raise():
         learn(params, grads, state, los=0.3)
 
 
+def test_a_signal_may_be_addressed_to_one_rule_and_then_wins():
+    params, grads = mlp()
+
+    @bf.rule(phase="weights", ranges={"rate": "[0, 1)"})
+    def shrink(params, grads, state, *, rate=0.0):
+        return {path: (1 - rate) * w for path, w in params.items()}, grads, state
+
+    learn = bf.chain(bf.fuzzy_learning_rates, shrink, bf.named("shrink.more", shrink))
+    state = learn.init(params, bf.random.key(0))
+    for compiled in (False, True):
+        step = torch.compile(learn, backend="aot_eager", fullgraph=True) if compiled else learn
+        for signals, left in (
+            ({"rate": 0.5}, 0.25),
+            ({"shrink.rate": 0.5}, 0.5),
+            ({"shrink.more.rate": 0.75}, 0.25),
+            ({"shrink.rate": torch.tensor(0.75), "rate": 0.5}, 0.125),
+        ):
+            wanted = {path: left * w if path in state.plasticity else w for path, w in params.items()}
+            assert_same(step(params, grads, state, **signals)[0], wanted)
+    for signals, error, message in (
+        ({"grow.rate": 0.5}, TypeError, "no rule of the chain is named 'grow', as 'grow.rate' says; their"),
+        ({"shrink.rat": 0.5}, TypeError, "shrink takes no keyword 'rat'; did you mean 'rate'"),
+        ({"shrink.speed": 0.5}, TypeError, "shrink takes no keyword 'speed'; it takes: rate"),
+        ({"shrink.more.rate": 2}, ValueError, "shrink.more: rate is 2; it must lie in"),
+        ({"fuzzy_learning_rates.nu": 0.1}, TypeError, "nu acts at init"),
+    ):
+        with pytest.raises(error, match=message):
+            learn(params, grads, state, **signals)
+    with pytest.raises(TypeError, match=r"shrink takes no keyword 'grow.rate'; did you mean 'rate'"):
+        shrink(params, grads, state, **{"grow.rate": 0.5})
+    with pytest.raises(TypeError, match="no rule of the chain takes 'rate'; they take: nothing"):
+        bf.chain()(params, grads, state, rate=0.5)
+
+
+def test_a_signal_that_is_needed_may_be_addressed():
+    params, grads = mlp()
+    learn = bf.chain(bf.descend(0.1), bf.synaptic_scaling)
+    state = learn.init(params, bf.random.key(0))
+    activity = {path: torch.ones(len(params[path])) for path in state.plasticity}
+    plain = learn(params, grads, state, activity=activity)
+    assert_same(learn(params, grads, state, **{"synaptic_scaling.activity": activity}), plain)
+
+
 def test_what_acts_at_init_is_refused_at_a_step_and_as_a_schedule():
     params, grads = mlp()
     state = bf.init(params, bf.random.key(0), bf.fuzzy_learning_rates)
@@ -161,6 +204,14 @@ def test_what_acts_at_init_is_refused_at_a_step_and_as_a_schedule():
         learn(params, grads, state, nu=0.2)
     with pytest.raises(TypeError, match="nu acts at init and takes no schedule"):
         bf.chain(partial(bf.fuzzy_learning_rates, nu=bf.schedules.constant(0.1)))
+    remedy = r"functools\.partial\(fuzzy_learning_rates, nu=…\), in bf\.chain\(…\) or in bf\.init"
+    for call in (lambda: learn(params, grads, state, nu=0.2), lambda: learn.init(params, bf.random.key(0), nu=0.2)):
+        with pytest.raises(TypeError, match=remedy):
+            call()
+    with pytest.raises(TypeError, match=r"init takes no keyword 'wher'; .*functools\.partial\(rule, wher=…\)"):
+        bf.init(params, bf.random.key(0), bf.crystallize, wher="*")
+    with pytest.raises(TypeError, match=r"no rule of the chain takes 'learning_rate'; they take: lr$"):
+        bf.chain(bf.fuzzy_learning_rates, bf.descend(0.1))(params, grads, state, learning_rate=0.1)
 
 
 def test_rate_bounds_must_not_cross_and_distributions_are_named_or_functions():
@@ -169,7 +220,9 @@ def test_rate_bounds_must_not_cross_and_distributions_are_named_or_functions():
     with pytest.raises(ValueError, match=r"rate_max is 0\.9; it must lie in \[1, inf\]"):
         bf.init(params, bf.random.key(0), make(rate_max=0.9))
     with pytest.raises(ValueError, match="'cauchy'; it must be one of baseline, uniform"):
-        bf.init(params, bf.random.key(0), make(distribution="cauchy"))
+        bf.chain(make(distribution="cauchy"))  # before anything is drawn
+    with pytest.raises(TypeError, match=r"distribution is 3; give a name or a function \(key, weight, nu, path\)"):
+        bf.chain(make(distribution=3))
     twos = bf.init(
         params, bf.random.key(0), make(distribution=lambda key, weight, nu, path: torch.full_like(weight, 1.25))
     )

@@ -196,6 +196,61 @@ def test_what_a_rule_of_ones_own_gets_wrong_is_named():
             return params, grads, state
 
 
+def decorated(**facts):
+    def shrink(params, grads, state, rate=0.1):
+        return {path: (1 - rate) * w for path, w in params.items()}, grads, state
+
+    return bf.rule(phase="weights", **facts)(shrink)
+
+
+def test_a_rule_that_writes_in_place_is_refused():
+    @bf.rule(phase="weights")
+    def shrink(params, grads, state):
+        return {path: w.mul_(0.9) for path, w in params.items()}, grads, state
+
+    @bf.rule(phase="direction")
+    def flip(params, grads, state):
+        grads["fc2.weight"].neg_()
+        return params, grads, state
+
+    for dtype in (torch.float32, torch.bfloat16):
+        for rule, place in ((shrink, "params leaf 'fc1.weight'"), (flip, "grads leaf 'fc2.weight'")):
+            params, grads = mlp(dtype=dtype)
+            with pytest.raises(ValueError, match=rf"{rule.__name__} wrote into {place} in place; make a new tensor"):
+                rule(params, grads, bf.init(params, bf.random.key(0)))
+    with torch.inference_mode():  # which counts no writes
+        params, grads = mlp()
+        bf.crystallize(params, grads, bf.init(params, bf.random.key(0), bf.crystallize))
+    bf.crystallize(params, grads, bf.init(params, bf.random.key(0), bf.crystallize))
+
+
+def test_a_slot_takes_dicts_by_path():
+    params, grads = mlp()
+
+    @bf.rule(phase="weights", memory={"trace": 0.0})
+    def keep(params, grads, state, *, name):
+        return params, grads, state.with_slot(name, trace=params["fc1.weight"])
+
+    with pytest.raises(TypeError, match=r"trace is Tensor; give a dict {path: tensor}, trace={path: … for path in"):
+        keep(params, grads, bf.init(params, bf.random.key(0), keep))
+
+
+def test_a_gradient_that_is_none_is_told_from_one_that_is_missing():
+    model = torch.nn.Linear(3, 2, device="meta")
+    params = {name: torch.zeros(p.shape) for name, p in model.named_parameters()}
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    learn = bf.chain(bf.descend(0.1))
+    state = learn.init(params, bf.random.key(0))
+    with pytest.raises(TypeError, match=r"grads leaf '(weight|bias)' is None: was backward\(\) called"):
+        learn(params, grads, state)
+    with pytest.raises(KeyError, match="grads has no leaf 'bias' that params has"):
+        learn(params, {"weight": params["weight"]}, state)
+    two = (params["weight"], params["bias"])
+    state = learn.init(two, bf.random.key(0))
+    with pytest.raises(TypeError, match="grads leaf '1' is None"):
+        learn(two, (two[0], None), state)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -209,6 +264,14 @@ def test_what_a_rule_of_ones_own_gets_wrong_is_named():
         (lambda: bf.fuzzy_learning_rates(nu=0.1), TypeError, r"functools.partial\(bf.fuzzy_learning_rates, …\) binds"),
         (lambda: bf.every(4, bf.adam()), ValueError, "would hand raw gradients on in between"),
         (lambda: bf.chain(bf.fuzzy_learning_rates, bf.adam()), ValueError, "move fuzzy_learning_rates behind adam"),
+        (lambda: bf.sgd(lr=0.1), TypeError, r"sgd takes no lr, .*bf.chain\(bf.sgd\(\), bf.descend\(0.1\)\)"),
+        (lambda: bf.sgd(0.1), TypeError, r"sgd takes no lr, given as 0.1"),
+        (lambda: bf.adam(lr=0.1), TypeError, r"adam takes no lr, .*bf.descend\(0.1\)"),
+        (lambda: bf.adamw(lr=0.1), TypeError, r"adamw takes no lr, .*bf.descend\(0.1\)"),
+        (lambda: bf.init(mlp()[0], bf.random.key(0), where=["fc1.weight"]), TypeError, "a list is read as a tree of b"),
+        (lambda: bf.rule(phase="weights", memory=["trace"]), TypeError, r"give a dict by name, .*: {'trace': 0.0}"),
+        (lambda: decorated(ranges={"rate": "[0, 1)"}), TypeError, r"no keyword 'rate'; make the argument keyword-only"),
+        (lambda: decorated(ranges={"speed": "[0, 1)"}), TypeError, "declares no keyword 'speed'$"),
         (lambda: bf.layers(torch.nn.Identity(), "Linear"), TypeError, "types holds 'Linear'; give layer classes"),
         (lambda: bf.split_synapses({}), TypeError, "model is dict; split_synapses takes an nn.Module"),
         (lambda: bf.split_synapses(torch.nn.Identity(), activation=torch.nn.ReLU), TypeError, "activation is .*ReLU"),

@@ -4,6 +4,7 @@ import re
 from functools import partial
 from typing import NamedTuple
 
+import numpy
 import pytest
 import torch
 from hypothesis import given
@@ -126,6 +127,35 @@ def test_members_run_under_vmap_as_they_run_alone():
     outputs = torch.vmap(lambda p, b: functional_call(shell, (p, b), (x,)))(params, buffers)
     for seed in range(4):
         torch.testing.assert_close(outputs[seed], alone(mlp, seed).double()(x), rtol=1e-13, atol=1e-13)
+
+
+def test_seeds_may_be_integers_of_numpy_and_of_tensors():
+    wanted = bf.ensemble.init(mlp, [3, 2**63])
+    for seeds in (torch.tensor([3, 2**63], dtype=torch.uint64), numpy.array([3, 2**63], dtype=numpy.uint64)):
+        for made, expected in zip(bf.ensemble.init(mlp, seeds), wanted, strict=True):
+            assert all([torch.equal(leaf, expected[path]) for path, leaf in made.items()])
+    assert torch.equal(bf.ensemble.init(mlp, list(numpy.array([3])))[0]["0.weight"][0], wanted[0]["0.weight"][0])
+    for seeds in (torch.tensor([0.5]), torch.tensor([True]), numpy.array([True]), torch.tensor([[1]])):
+        with pytest.raises(TypeError, match="every seed is an integer"):
+            bf.ensemble.init(mlp, seeds)
+    with pytest.raises(TypeError, match=r"seeds is tensor\(3\); give one integer per member"):
+        bf.ensemble.init(mlp, torch.tensor(3))
+
+
+def test_a_stack_without_vmap_is_warned_of():
+    params, _ = bf.ensemble.init(mlp, range(3))
+    learn, keys = bf.chain(bf.crystallize, bf.fuzzy_learning_rates), bf.random.key(torch.arange(3))
+    with pytest.warns(UserWarning, match=r"^params look like the stack of an ensemble: '.*bias' has shape .*vmap"):
+        learn.init(params, keys[0])
+    with pytest.warns(UserWarning, match=r"^leaves look like the stack of an ensemble.*measure an ensemble und"):
+        bf.measure.sign_balance(params)
+    # warnings are errors here: what is right, chosen by hand or no stack is not warned of
+    state = torch.vmap(learn.init)(params, keys)
+    torch.vmap(bf.measure.sign_balance)(params)
+    learn.init(params, keys[0], where="*weight")
+    learn.init({**params, "scale": torch.ones(2)}, keys[0])
+    learn.init({"w": torch.ones(3, 2, 2), "b": torch.ones(3, 2)}, keys[0])
+    assert all(rate.shape == params[path].shape for path, rate in state.plasticity.items())
 
 
 def test_no_seeds_are_refused():

@@ -1,5 +1,6 @@
 """Measures against scalar loops written from their formulas, under vmap and compiled."""
 
+import inspect
 import math
 from functools import partial
 
@@ -445,6 +446,11 @@ def test_other_dtypes(dtype):
             {path: leaf.double() for path, leaf in leaves(function(exact)).items()},
             ulps=1e11,
         )
+
+
+def test_help_shows_no_numbers_of_the_default_bins():
+    for function in (measure.rate_spectrum, measure.effective_number_of_rates):
+        assert "edges: collections.abc.Sequence[float] | torch.Tensor | None = None" in str(inspect.signature(function))
 
 
 @pytest.mark.parametrize(

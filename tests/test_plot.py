@@ -128,6 +128,25 @@ def test_spectrum_bars_are_the_shares():
     assert ax.get_ylim()[0] < 25
 
 
+def test_the_spectrum_of_an_ensemble_is_that_of_all_its_synapses():
+    params = bf.ensemble.stack([mlp(seed)[0] for seed in range(3)])
+    states = torch.vmap(lambda p, k: bf.init(p, k, bf.fuzzy_learning_rates))(params, bf.random.key(torch.arange(3)))
+    ax = plot.rate_spectrum(states, where="fc1*")
+    rates = states.plasticity["fc1.weight"].flatten()
+    # float32 shares, of one member each and then averaged
+    heights = [bar.get_height() for bar in ax.patches]
+    numpy.testing.assert_allclose(heights, 100 * measure.rate_spectrum(rates), rtol=1e-6)
+
+
+def test_curves_of_one_arm_need_no_name():
+    curve = values(0, (6, 13))
+    one, named = plot.learning_curves(curve), plot.learning_curves({"": curve})
+    numpy.testing.assert_array_equal(one.lines[0].get_ydata(), named.lines[0].get_ydata())
+    assert len(one.collections) == 1
+    assert one.get_legend() is None
+    numpy.testing.assert_array_equal(plot.learning_curves(curve.numpy()).lines[0].get_ydata(), one.lines[0].get_ydata())
+
+
 def test_panels_that_share_an_axis_cut_no_bar():
     panels = pyplot.subplots(1, 3, sharey=True)[1]
     for ax, share in zip(panels, (2, 10_000, 2), strict=True):
