@@ -213,6 +213,7 @@ def _ranks(device: str) -> "Iterator[DeviceMesh | None]":
     dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield init_device_mesh(device, (dist.get_world_size(),))
+        dist.barrier()  # a rank that closes its connections while another still reads from them aborts it
     finally:
         dist.destroy_process_group()
 
