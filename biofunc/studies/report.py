@@ -374,8 +374,8 @@ def _rule_blocks(study: Mapping[str, Any]) -> list[str]:
         f"Fixed in the study's file before the first run. An arm helps if its {_mean_of(decision['metric'])} is "
         f"{better} than the control's, harms if it is {worse}: provided that the 95 % BCa bootstrap interval of the "
         "mean difference, paired by seed, leaves out 0, that p of the sign-flip permutation test, corrected by Holm "
-        f"over all arms of a condition, is below {alpha:g}, and that the mean difference is at least {smallest:g}. All else "
-        "is no effect found; the interval says how large an effect may have been missed."
+        f"over all arms of a condition, is below {alpha:g}, and that the mean difference is at least {smallest:g}. All "
+        "else is no effect found; the interval says how large an effect may have been missed."
     )
     if "select" in decision:
         best = _mean_of(decision["select"])
