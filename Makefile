@@ -5,7 +5,7 @@ BIN := .venv/bin
 # The public modules, and the mechanisms, whose files begin with the theory
 PAGES := biofunc '!biofunc\.' $(addprefix biofunc., random ensemble schedules distributions measure plot rule fuzzy \
 	volume crystallize temporal activity_rates rejuvenate lognormal dale splitting scaling activity studies.l2_init \
-	studies.shrink_and_perturb)
+	studies.shrink_and_perturb statistics)
 
 .PHONY: demo test matrix bench docs lint clean
 

@@ -97,19 +97,24 @@ def _parser() -> _Parser:
 
 
 def _experiment(options: argparse.Namespace) -> int:
-    import matplotlib  # noqa: F401  # what is missing is said now, not when the results are there
-    import scipy  # noqa: F401
-
     from biofunc import experiment, random
-    from biofunc.compare import compiler_works
-    from biofunc.studies import report
 
     study = experiment.load(options.study, seeds=options.seeds, quick=options.quick)
     quick = "-quick" if options.quick else ""
     folder = _writable(options.out or Path("runs") / f"{study['name']}{quick}")
+    experiment.check_folder(study, folder)
+    print(f"loading study {study['name']} …", file=sys.stderr, flush=True)  # imports, data and compiler take a while
+    import matplotlib  # noqa: F401  # what is missing is said now, not when the results are there
+    import scipy  # noqa: F401
+
+    from biofunc.compare import compiler_works
+    from biofunc.studies import report
+
     if compiler_works("cpu"):
         random.accelerate()
     jobs = experiment.jobs_of(study)
+    already = experiment.done_in(study, jobs, folder)
+    print(f"study {study['name']}: {len(jobs)} jobs, {already} done", file=sys.stderr, flush=True)
     try:
         with _ranks("cpu") as mesh:
             own = jobs if mesh is None else jobs[_rank() :: mesh.size()]

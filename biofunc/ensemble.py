@@ -127,9 +127,9 @@ def split(tree: T, size: int) -> list[T]:
     The chunks need as much memory as the ensemble: delete that, as above, to hold it once only. A list comprehension
     in place of the inner loop would hold all old chunks until the last new one is made.
 
-    How large should a chunk be? As large as fits the processor's cache, with all that a step reads and writes: in
-    docs/benchmarks.md perceptrons 64-128-10 are fastest in chunks of 128 with two threads (44 us per member and step;
-    32: 53, 512: 55) and of 32 with one. Time two or three sizes.
+    How large should a chunk be? As large as fits the processor's cache with all that a step reads and writes. In
+    docs/benchmarks.md a step of one of 512 perceptrons 64-128-10 takes 78 us in chunks of 16, 60 of 32, 51 of 64, 49 of
+    128 and 55 whole, with two threads. Time two or three sizes.
 
     Args:
         tree: a tree of tensors with a common leading member axis.

@@ -114,13 +114,34 @@ def run(
             advance(job.name, 0)
             started = time.perf_counter()
             found = job.run(lambda steps, name=job.name: advance(name, steps))  # type: ignore[misc]
-            done = {"fingerprint": mark, "seconds": time.perf_counter() - started, "results": found}
+            seconds_taken = time.perf_counter() - started
+            done = {"study": study["name"], "fingerprint": mark, "seconds": seconds_taken, "results": found}
             write(path, json.dumps(encode(done), allow_nan=False))
         else:
             advance(job.name, job.steps)
         seconds += done["seconds"]
         _merge(results, done["results"], job.name)
     return results, seconds
+
+
+def check_folder(study: Mapping[str, Any], folder: Path) -> None:
+    """Refuses a folder with results of another study or of `compare`, which would be overwritten.
+
+    Raises:
+        ValueError: there are some; the message names the file.
+    """
+    for path in sorted(folder.glob("*.json"), key=lambda path: path.name != "results.json"):
+        try:
+            found = json.loads(path.read_bytes())
+        except ValueError:  # damaged; the job will run anew
+            continue
+        if not isinstance(found, dict):
+            continue
+        compared = path.name == "results.json" and "arms" in found
+        made_by = found.get("study", "biofunc compare" if compared else study["name"])
+        name = made_by["name"] if isinstance(made_by, dict) else made_by
+        if name != study["name"]:
+            raise ValueError(f"argument --out: '{path}' holds results of '{name}'; give another folder")
 
 
 def done_in(study: Mapping[str, Any], jobs: Sequence[Job], folder: Path) -> int:

@@ -7,8 +7,9 @@ A measure takes all synapses of a tree together: leaves of two or more dimension
 
     {path: bf.measure.turnover(before, after, where=path) for path in state.plasticity}
 
-Members of an ensemble are measured under `torch.vmap`. Values that are not finite are left out, and where nothing is
-left to measure the result is NaN.
+Members of an ensemble are measured under `torch.vmap`: without it a stack is one large network, whose biases have two
+dimensions and count as synapses; where leaves are called bias, that is warned of. Values that are not finite are left
+out, and where nothing is left to measure the result is NaN.
 """
 
 from biofunc.measure_plasticity import (

@@ -1,7 +1,7 @@
 """Pictures of learning and of synapses: each function draws on axes of matplotlib, or makes them, and returns them.
 
-The module needs the extra `plot`, `pip install 'biofunc[plot]'`; `import biofunc` alone does not load matplotlib. Arms
-differ in marker as well as in colour, so that colour-blind readers and grey prints tell them apart.
+The module needs the extra `plot`, `pip install '.[plot]'` in the checkout; `import biofunc` alone does not load
+matplotlib. Arms differ in marker as well as in colour, so that colour-blind readers and grey prints tell them apart.
 """
 
 import math
@@ -24,7 +24,8 @@ try:
     from matplotlib.axes import Axes
 except ModuleNotFoundError:
     raise ModuleNotFoundError(
-        "biofunc.plot needs matplotlib, which is not installed: pip install 'biofunc[plot]'", name="matplotlib"
+        "biofunc.plot needs matplotlib, which is not installed: pip install '.[plot]' in the checkout",
+        name="matplotlib",
     ) from None
 
 __all__ = ["COLOURS", "forest", "learning_curves", "rate_spectrum", "size_distribution", "survival_curve"]

@@ -3,6 +3,13 @@
 Two arms of an experiment share their seeds, so that the difference of a seed is free of what they have in common. An
 effect is claimed only if two different methods see it: the bootstrap interval of the mean difference leaves out 0, and
 few of the ways in which the signs of the differences could have fallen give a mean as large.
+
+    import biofunc.statistics                                              # needs the extra demo, for NumPy and SciPy
+
+    differences = (accuracy["mine"] - accuracy["plain"]).tolist()          # one number per seed
+    interval = biofunc.statistics.bca_interval(differences)
+    p = biofunc.statistics.sign_flip_test(differences)
+    biofunc.statistics.verdict(sum(differences) / len(differences), interval, p)
 """
 
 import itertools
@@ -11,6 +18,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy
+
+__all__ = [
+    "bca_interval",
+    "holm",
+    "interaction",
+    "iqm",
+    "iqm_interval",
+    "main_effect",
+    "probability_of_improvement",
+    "sign_flip_test",
+    "verdict",
+]
 
 CONFIDENCE = 0.95
 RESAMPLES = 9999
@@ -22,7 +41,7 @@ Values = Sequence[float]
 
 
 def bca_interval(differences: Values) -> tuple[float, float]:
-    """95 % interval of the mean by the bias-corrected and accelerated bootstrap (Efron 1987).
+    """Interval of 95 % for the mean, by the bias-corrected and accelerated bootstrap (Efron 1987).
 
     Args:
         differences: one number per seed, independent of each other.
@@ -90,6 +109,9 @@ def iqm(values: Any) -> float:
 
     Args:
         values: numbers of any shape; runs and tasks are pooled.
+
+    Returns:
+        The mean of those that stay.
     """
     ordered = numpy.sort(numpy.asarray(values, dtype=float), axis=None)
     trimmed = len(ordered) // 4
@@ -97,7 +119,7 @@ def iqm(values: Any) -> float:
 
 
 def iqm_interval(tasks: Sequence[Values], resamples: int = 2000) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the interquartile mean over tasks and seeds.
+    """Interval of 95 % by the percentile bootstrap for the interquartile mean over tasks and seeds.
 
     A seed is drawn with all its tasks, since what it fixes is shared by them.
 
@@ -126,6 +148,9 @@ def probability_of_improvement(arm: Values, control: Values) -> float:
     Args:
         arm: one number per run.
         control: one number per run; not paired with those of the arm.
+
+    Returns:
+        In [0, 1]; 0.5 where neither is better.
     """
     left, right = numpy.asarray(arm, dtype=float)[:, None], numpy.asarray(control, dtype=float)[None]
     return float((left > right).mean() + 0.5 * (left == right).mean())
@@ -171,6 +196,9 @@ def main_effect(outcomes: Mapping[frozenset[str], Values], factor: str) -> list[
     Args:
         outcomes: one number per seed for every subset of the factors.
         factor: the factor.
+
+    Returns:
+        One number per seed.
     """
     pairs = [(outcomes[subset | {factor}], outcomes[subset]) for subset in outcomes if factor not in subset]
     return [float(d) for d in numpy.mean([numpy.subtract(on, off) for on, off in pairs], axis=0)]
@@ -185,6 +213,9 @@ def interaction(outcomes: Mapping[frozenset[str], Values], first: str, second: s
         outcomes: one number per seed for every subset of the factors.
         first: a factor.
         second: another.
+
+    Returns:
+        One number per seed; positive where the two help each other.
     """
     contrasts = [
         numpy.asarray(outcomes[subset | {first, second}], dtype=float)

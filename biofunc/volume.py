@@ -55,7 +55,8 @@ def volume_dependent_lr(
     Raises:
         ValueError, TypeError: a number out of its range.
 
-    Phase: direction; behind the optimizer under Adam.
+    Phase: direction; behind the optimizer under Adam. Before it, where the original has it, the rule is accepted but
+    does little: Adam divides out again what lasts in the factor of a synapse, and that is its dependence on size.
 
     Noise: one normal per synapse and step.
 

@@ -22,7 +22,8 @@ PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"
 MODULES = (
     bf,
     *[getattr(bf, name) for name in ("distributions", "ensemble", "measure", "plot", "random", "schedules")],
-    *[importlib.import_module(f"biofunc.studies.{name}") for name in ("l2_init", "shrink_and_perturb")],
+    *[importlib.import_module(f"biofunc.{name}") for name in ("studies.l2_init", "studies.shrink_and_perturb")],
+    importlib.import_module("biofunc.statistics"),
 )
 PUBLIC = {
     f"{module.__name__}.{name}": getattr(module, name)

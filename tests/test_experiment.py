@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -227,6 +228,36 @@ def test_results_of_another_study_are_set_aside(toy, path, capsys):
     assert len(list((path.parent / "out").glob("*.aside*"))) == 6
 
 
+@pytest.mark.parametrize("content", ['{"study": {"name": "others"}}', '{"arms": {}, "meta": {}}'])
+def test_a_folder_with_other_results_is_refused_before_anything_runs(toy, path, content, capsys):
+    out = path.parent / "out"
+    out.mkdir()
+    (out / "results.json").write_text(content)
+    with pytest.raises(SystemExit):
+        main(words(path))
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "give another folder" in line]
+    assert re.search("results.json' holds results of '(others|biofunc compare)'", line)
+    assert (out / "results.json").read_text() == content
+    (out / "results.json").unlink()
+    (out / "damaged.json").write_text("[")
+    toy.at[1] = lambda: (_ for _ in ()).throw(KeyboardInterrupt)
+    assert main(words(path)) == 130  # what it leaves names the study as well
+    other = path.rename(path.with_name("more.toml"))
+    with pytest.raises(SystemExit):
+        main(["experiment", str(other), "--out", str(out)])
+    assert "part 0.json' holds results of 'toys'; give another folder" in capsys.readouterr().err
+    assert toy.runs == [0, 1]
+
+
+def test_it_says_at_once_what_it_does(toy, path, capsys):
+    toy.at[1] = lambda: (_ for _ in ()).throw(KeyboardInterrupt)
+    main(words(path))
+    main(words(path))
+    said = capsys.readouterr().err
+    assert said.startswith("loading study toys …\nstudy toys: 3 jobs, 0 done\n")
+    assert "\nstudy toys: 3 jobs, 1 done\n" in said
+
+
 def test_kill_in_the_middle_then_the_same_command_goes_on(path, tmp_path):
     """A process that is killed leaves whole files only; the next one does the rest."""
     path.write_text((pathlib.Path(__file__).parent / "small_study.toml").read_text())
@@ -322,6 +353,22 @@ def test_unpaired_runs_and_a_missing_control_are_refused(toy, path):
         report.analyse(study, {"task": {"good": arms["good"]}})
     with pytest.raises(ValueError, match="has no 'score', the metric of the decision"):
         report.analyse(study, {"task": {"plain": {"": {"loss": [1.0]}}}})
+
+
+def test_an_interval_that_leaves_out_0_without_a_claim_says_why():
+    found = {"verdict": "no effect found", "interval": [0.0009, 0.0076], "p holm": 0.109}
+    assert report._claim(found, 4) == "no effect found (CI +0.0009 … +0.0076, p 0.1090)"
+    assert report._claim({**found, "interval": [-0.0009, 0.0076]}, 4) == "no effect found (CI -0.0009 … +0.0076)"
+    assert report._claim({**found, "verdict": "helps"}, 4) == "helps"
+
+
+def test_reports_count_threads_and_do_not_say_mean_twice(toy, path):
+    path.write_text(STUDY.replace('metric = "score"', 'metric = "mean score"'))
+    study = experiment.load(str(path))
+    (rule, _) = report._rule_blocks(study)
+    assert "if its mean score is larger" in rule
+    assert "the best mean validation over seeds" in rule
+    assert (report._count(1, "thread"), report._count(2, "core")) == ("1 thread", "2 cores")
 
 
 def test_waiting_times_are_medians_with_censored_runs_counted():

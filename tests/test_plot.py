@@ -339,5 +339,5 @@ def test_without_matplotlib_one_error_says_what_to_install():
                 assert error.__suppress_context__ and error.name == "matplotlib"
                 print(error)"""
     done = run(code)
-    line = "biofunc.plot needs matplotlib, which is not installed: pip install 'biofunc[plot]'\n"
+    line = "biofunc.plot needs matplotlib, which is not installed: pip install '.[plot]' in the checkout\n"
     assert done.stdout == 3 * line, done.stderr

@@ -60,8 +60,8 @@ def report(summary: Mapping[str, Any]) -> str:
     blocks += [study["question"], f"To run it again: `{meta['command']}`"]
     versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
     blocks.append(
-        f"{study['seeds']} seeds per arm. {versions}; {meta['machine']}, {meta['threads']} threads on {meta['cores']} "
-        f"cores; {meta['seconds']:.0f} s in all; {meta['date']}."
+        f"{study['seeds']} seeds per arm. {versions}; {meta['machine']}, {_count(meta['threads'], 'thread')} on "
+        f"{_count(meta['cores'], 'core')}; {meta['seconds']:.0f} s in all; {meta['date']}."
     )
     if study.get("notes"):
         blocks.append("\n".join(f"- {note}" for note in study["notes"]))
@@ -371,14 +371,15 @@ def _rule_blocks(study: Mapping[str, Any]) -> list[str]:
     better, worse = ("smaller", "larger") if decision.get("smaller_is_better", False) else ("larger", "smaller")
     alpha, smallest = decision.get("alpha", 0.05), decision.get("smallest", 0.0)
     text = (
-        f"Fixed in the study's file before the first run. An arm helps if its mean {decision['metric']} is {better} "
-        f"than the control's, harms if it is {worse}: provided that the 95 % BCa bootstrap interval of the mean "
-        "difference, paired by seed, leaves out 0, that p of the sign-flip permutation test, corrected by Holm over "
-        f"all arms of a condition, is below {alpha:g}, and that the mean difference is at least {smallest:g}. All else "
-        "is no effect found; the interval says how large an effect may have been missed."
+        f"Fixed in the study's file before the first run. An arm helps if its {_mean_of(decision['metric'])} is "
+        f"{better} than the control's, harms if it is {worse}: provided that the 95 % BCa bootstrap interval of the "
+        "mean difference, paired by seed, leaves out 0, that p of the sign-flip permutation test, corrected by Holm "
+        f"over all arms of a condition, is below {alpha:g}, and that the mean difference is at least {smallest:g}. All "
+        "else is no effect found; the interval says how large an effect may have been missed."
     )
     if "select" in decision:
-        text += f" The setting of an arm is the one with the best mean {decision['select']} over seeds, per condition."
+        best = _mean_of(decision["select"])
+        text += f" The setting of an arm is the one with the best {best} over seeds, per condition."
     lines = [f"{name} = {value if not isinstance(value, str) else repr(value)}" for name, value in decision.items()]
     return [text, "\n".join(["```toml", "[decision]", *lines, "```"])]
 
@@ -398,7 +399,8 @@ def _claim(found: Mapping[str, Any], digits: int) -> str:
     if found["verdict"] not in ("no effect found", "none found"):
         return str(found["verdict"])
     low, high = found["interval"]
-    return f"{found['verdict']} (CI {low:+.{digits}f} … {high:+.{digits}f})"
+    why = f", p {_p(found['p holm'])}" if low > 0 or high < 0 else ""  # the interval alone would have seen one
+    return f"{found['verdict']} (CI {low:+.{digits}f} … {high:+.{digits}f}{why})"
 
 
 def _interval(found: Mapping[str, Any], name: str, digits: int, sign: str = "+") -> str:
@@ -406,6 +408,14 @@ def _interval(found: Mapping[str, Any], name: str, digits: int, sign: str = "+")
     if not (math.isfinite(low) and math.isfinite(high)):
         return f"{found[name]:{sign}.{digits}f} [none]"
     return f"{found[name]:{sign}.{digits}f} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
+
+
+def _mean_of(metric: str) -> str:
+    return metric if metric.startswith("mean ") else f"mean {metric}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + "s" * (number != 1)
 
 
 def _p(p: float) -> str:

@@ -189,7 +189,8 @@ def main(
         if threads:
             torch.set_num_threads(threads)
         rows += list(measure(threads, options))
-    print(f"{question}\n\n{machine}, {datetime.date.today()}\n")
+    head = "**quick: worthless figures**\n\n" if options.quick else ""
+    print(f"{head}{question}\n\n{machine}, {datetime.date.today()}\n")
     print("\n".join(table(rows)))
     if options.json:
         written = {

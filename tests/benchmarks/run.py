@@ -12,7 +12,8 @@ TEXT = """# Benchmarks
 
 `make bench` writes this page; close everything else meanwhile. Times are medians ± interquartile range, ours and the
 rival's taken in turns in one process; "busy" is how many cores other processes used. Each row says which way round its
-ratio is. A missed target says so.
+ratio is. A missed target says so. One script alone, in a minute: `python tests/benchmarks/draws.py --threads 1`; with
+`--quick`, in seconds, it only shows that it runs.
 """
 ON_GPU = (
     ("ensemble", "a step of one of 1024 perceptrons 64-128-10", "0.0.5, one after another", ">= 200"),
