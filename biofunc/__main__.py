@@ -136,13 +136,13 @@ def _experiment(options: argparse.Namespace) -> int:
                         "machines share"
                     )
                 results, seconds = experiment.run(study, jobs, folder, lambda doing, steps: None)
-        meta = experiment.meta(seconds, _command(options))
-        summary = {"study": study, "results": results, "analysis": report.analyse(study, results), "meta": meta}
-        experiment.write(folder / "results.json", json.dumps(experiment.encode(summary), indent=1, allow_nan=False))
-        text = report.report(summary)
-        experiment.write(folder / "report.md", text)
-        for name, picture in report.pictures(summary).items():
-            experiment.write(folder / name, picture)
+            meta = experiment.meta(seconds, _command(options))
+            summary = {"study": study, "results": results, "analysis": report.analyse(study, results), "meta": meta}
+            experiment.write(folder / "results.json", json.dumps(experiment.encode(summary), indent=1, allow_nan=False))
+            text = report.report(summary)
+            experiment.write(folder / "report.md", text)
+            for name, picture in report.pictures(summary).items():
+                experiment.write(folder / name, picture)
     except KeyboardInterrupt:
         if _rank() == 0:
             kept = experiment.done_in(study, jobs, folder)
@@ -183,17 +183,17 @@ def _compare(options: argparse.Namespace) -> int:
                 bar.update(steps)
 
             comparison = compare.compare(config, data, advance, mesh)
-    if _rank() > 0:
-        return 0
-    shared = f", shared by {ranks} ranks" if ranks > 1 else ""
-    what = f"arms: {len(config.arms)}, seeds: {config.seeds}, steps: {config.steps}"
-    print(f"{what}, by {comparison.execution}{shared}\n")
-    summary = report.summarise(comparison)
-    meta = report.meta(comparison, time.perf_counter() - started) | {"ranks": ranks}
-    print(report.table(summary, meta["seconds_by_arm"]))
-    print(f"\n{report.NOTE}")
-    report.write(folder, summary, meta, comparison)
-    print(f"\n{folder}/: results.json, curves.png, rates.png; {meta['seconds']:.0f} s in all")
+        if _rank() > 0:
+            return 0
+        shared = f", shared by {ranks} ranks" if ranks > 1 else ""
+        what = f"arms: {len(config.arms)}, seeds: {config.seeds}, steps: {config.steps}"
+        print(f"{what}, by {comparison.execution}{shared}\n")
+        summary = report.summarise(comparison)
+        meta = report.meta(comparison, time.perf_counter() - started) | {"ranks": ranks}
+        print(report.table(summary, meta["seconds_by_arm"]))
+        print(f"\n{report.NOTE}")
+        report.write(folder, summary, meta, comparison)
+        print(f"\n{folder}/: results.json, curves.png, rates.png; {meta['seconds']:.0f} s in all")
     return 0
 
 
