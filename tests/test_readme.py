@@ -33,7 +33,7 @@ def test_every_example_runs(blocks, one_rank, tmp_path, monkeypatch):
             steps.append((namespace["state"].step.tolist(), attached))
     trained = [3] * 100
     assert steps[1:6] == [(trained, None), (trained, 3), (trained, 1), (trained, 1), (1, 1)]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["loop.safetensors", "run.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loop.safetensors", "run.safetensors", "sharded"]
     assert namespace["y_hat"].shape == (8, 64, 10)
     assert ([3] * 10, 1) in steps  # of the sharded ensemble
     state = namespace["learn"].init({"w": torch.ones(2, 2)}, bf.random.key(0))
