@@ -103,7 +103,7 @@ def _experiment(options: argparse.Namespace) -> int:
     quick = "-quick" if options.quick else ""
     folder = _writable(options.out or Path("runs") / f"{study['name']}{quick}")
     experiment.check_folder(study, folder)
-    print(f"loading study {study['name']} …", file=sys.stderr, flush=True)  # imports, data and compiler take a while
+    _tell(f"loading study {study['name']} …")  # imports, data and compiler take a while
     import matplotlib  # noqa: F401  # what is missing is said now, not when the results are there
     import scipy  # noqa: F401
 
@@ -114,7 +114,7 @@ def _experiment(options: argparse.Namespace) -> int:
         random.accelerate()
     jobs = experiment.jobs_of(study)
     already = experiment.done_in(study, jobs, folder)
-    print(f"study {study['name']}: {len(jobs)} jobs, {already} done", file=sys.stderr, flush=True)
+    _tell(f"study {study['name']}: {len(jobs)} jobs, {already} done")
     try:
         with _ranks("cpu") as mesh:
             own = jobs if mesh is None else jobs[_rank() :: mesh.size()]
@@ -195,6 +195,12 @@ def _compare(options: argparse.Namespace) -> int:
         report.write(folder, summary, meta, comparison)
         print(f"\n{folder}/: results.json, curves.png, rates.png; {meta['seconds']:.0f} s in all")
     return 0
+
+
+def _tell(line: str) -> None:
+    """Says how far things are, once."""
+    if _rank() == 0:
+        print(line, file=sys.stderr, flush=True)
 
 
 def _rank() -> int:

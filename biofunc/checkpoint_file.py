@@ -41,7 +41,8 @@ def safetensors() -> Any:
         import safetensors.torch
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
-            "checkpoints need safetensors, which is not installed: pip install 'biofunc[io]'", name="safetensors"
+            "checkpoints need safetensors, which is not installed: pip install '.[io]' in the checkout",
+            name="safetensors",
         ) from None
     return safetensors.torch
 
