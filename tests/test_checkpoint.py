@@ -271,7 +271,7 @@ def test_saving_inside_vmap_and_under_fake_tensors_is_refused(tmp_path):
 def test_without_safetensors_both_say_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     for call in (lambda: bf.save(tmp_path / "run", {}), lambda: bf.load(tmp_path / "run")):
-        with pytest.raises(ModuleNotFoundError, match=r"pip install 'biofunc\[io\]'"):
+        with pytest.raises(ModuleNotFoundError, match=r"pip install '.\[io\]' in the checkout"):
             call()
 
 
