@@ -952,3 +952,10 @@ def test_a_gamma_round_rejects_less_than_a_twentieth():
 def test_gamma_and_beta_refuse(call, error, message):
     with pytest.raises(error, match=message):
         call(random.key(0))
+
+
+def test_normals_are_the_same_where_vmap_knows_no_views(monkeypatch):
+    words = torch.arange(2**24)
+    expected = philox.to_normal(words)
+    monkeypatch.setattr(philox, "_VMAPS_VIEWS", False)  # as before torch 2.13
+    assert torch.equal(philox.to_normal(words), expected)
