@@ -101,13 +101,24 @@ def write(path: str, tensors: Leaves, metadata: Mapping[str, str]) -> None:
 
         _together(commit)
     except BaseException:
-        if dist.get_rank() == 0:
+        if dist.get_rank() == 0 and not _is_current(path, parts):
             shutil.rmtree(os.path.join(path, parts), ignore_errors=True)
         raise
     if dist.get_rank() == 0:
         for other in os.listdir(path):
             if PARTS.fullmatch(other) and other != parts:
                 shutil.rmtree(os.path.join(path, other), ignore_errors=True)
+
+
+def _is_current(path: str, parts: str) -> bool:
+    """Whether the index names these parts already: another process may fail after it was renamed."""
+    try:
+        with open(os.path.join(path, INDEX), "rb") as file:
+            return parts.encode() in file.read()
+    except FileNotFoundError:
+        return False
+    except OSError:  # who cannot look removes nothing
+        return True
 
 
 def _make_folders(path: str, parts: str) -> None:
@@ -135,6 +146,8 @@ def _separate(tensor: Tensor, taken: set[int]) -> Tensor:
     """The tensor, contiguous and in memory that it does not share with one before: safetensors wants it so."""
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     storage = local.untyped_storage().data_ptr()
+    if local.is_conj():
+        raise TypeError("a conjugated view cannot be saved with DTensors; call resolve_conj() first")
     if not local.is_contiguous() or local.is_neg() or storage in taken:
         tensor = tensor.detach().clone(memory_format=torch.contiguous_format)
     taken.add(storage)
@@ -146,7 +159,7 @@ def _together(work: Callable[[], Any]) -> list[Any]:
     result, failure = None, None
     try:
         result = work()
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the others wait: they must hear of whatever went wrong
         failure = error
     outcomes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(outcomes, (result, failure))

@@ -323,9 +323,9 @@ def check_signals(rules: Sequence[Rule], signals: Mapping[str, Any], kind: str) 
     kind: what the rules are, for the message; "" for a single one, which then says what it takes.
     """
     for name in signals:
-        address, _, keyword = name.rpartition(".")
-        takers = [rule for rule in rules if (rule.name == address if address else keyword in rule.accepts)]
-        if kind and address and not takers:
+        address, dot, keyword = name.rpartition(".")
+        takers = [rule for rule in rules if (rule.name == address if dot else keyword in rule.accepts)]
+        if kind and dot and not takers:
             names = ", ".join([rule.name for rule in rules])
             raise TypeError(f"no {kind} is named '{address}', as '{name}' says; their names are: {names}")
         if kind and not takers:

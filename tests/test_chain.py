@@ -172,6 +172,7 @@ def test_a_signal_may_be_addressed_to_one_rule_and_then_wins():
             assert_same(step(params, grads, state, **signals)[0], wanted)
     for signals, error, message in (
         ({"grow.rate": 0.5}, TypeError, "no rule of the chain is named 'grow', as 'grow.rate' says; their"),
+        ({".rate": 0.5}, TypeError, "no rule of the chain is named '', as '.rate' says"),
         ({"shrink.rat": 0.5}, TypeError, "shrink takes no keyword 'rat'; did you mean 'rate'"),
         ({"shrink.speed": 0.5}, TypeError, "shrink takes no keyword 'speed'; it takes: rate"),
         ({"shrink.more.rate": 2}, ValueError, "shrink.more: rate is 2; it must lie in"),
