@@ -16,9 +16,10 @@ from torch import Tensor
 
 from biofunc import checkpoint_file
 from biofunc.chain import Chain
-from biofunc.checkpoint_layout import DEEPEST, Description, Saved, describe, is_sharded, parse
+from biofunc.checkpoint_layout import DEEPEST, Description, Saved, describe, parse
 from biofunc.checkpoint_like import ABSENT, fit, placed
 from biofunc.rule import as_rule
+from biofunc.sharding import is_sharded
 from biofunc.trees import Leaves, Tree
 
 __all__ = ["load", "save"]
@@ -35,7 +36,7 @@ def save(path: str | os.PathLike[str], tree: Tree, rules: Chain | Sequence[Any] 
     to the path removes. One process at a time may save to a path: of data-parallel ones, let one save.
 
     A tree with DTensors is saved by all processes together into a folder, each writing its part, and can be loaded by
-    any number of them, each reading its part.
+    any number of them: each checks all files and reads what it holds.
 
     What comes back are plain contiguous tensors, or DTensors placed like those of `like`: whether a gradient is
     required, whether memory was shared, and attributes of containers (the versions in the `state_dict` of a module) are
@@ -107,6 +108,12 @@ def load(
 
             tensors = checkpoint_sharded.shapes(path, metadata)
         tree, saved_rules = parsed(metadata, tensors)
+        if spread and rules is not None:  # to compare hyperparameters that are tensors takes their values
+            bound: Leaves = {}
+            fit(saved_rules, ABSENT, lambda _, saved, __: bound.update({saved.name: saved.tensor}))
+            bound = {name: torch.empty_like(tensor, device="cpu") for name, tensor in bound.items()}
+            checkpoint_sharded.fill(path, metadata, bound)
+            tree, saved_rules = parsed(metadata, {**tensors, **bound})
     except ValueError as error:
         raise ValueError(f"'{path}' is damaged: {error}; go back to a checkpoint that is whole") from None
     if rules is not None:

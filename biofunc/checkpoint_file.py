@@ -74,10 +74,13 @@ def write(path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(name, path)
-        sync_folder(folder)
     except OSError as error:
         reason = f"cannot save ({error.strerror}); what was there before is as it was"
         raise OSError(error.errno, reason, path) from error
+    try:
+        sync_folder(folder)
+    except OSError as error:
+        raise OSError(error.errno, f"saved, but a power cut may undo it ({error.strerror})", path) from error
 
 
 def check_folder(folder: str) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from biofunc import trees
+from biofunc.sharding import is_sharded
 from biofunc.state import DATA, BioState, Fresh, Layout
 from biofunc.trees import Leaves, Tree
 
@@ -150,11 +151,6 @@ def check_tensor(tensor: Tensor, path: str) -> None:
         raise TypeError(f"{at(path)} {problem}")
 
 
-def is_sharded(leaf: Any) -> bool:
-    """Whether it is a DTensor; torch.distributed is not imported for the question."""
-    return type(leaf).__name__ == "DTensor" and type(leaf).__module__.startswith("torch.distributed")
-
-
 def parse(
     layout: Description, tensors: Mapping[str, Tensor], path: str, used: set[str], *, references: bool = False
 ) -> Any:
@@ -207,7 +203,7 @@ def parse(
             values = {field: inner(field, child) for field, child in fields.items()}
             fresh, of_params = _static(parse(static, {}, path, set()), path)
             for field, value in values.items():
-                if not isinstance(value, Saved if field in ("key", "step") else dict):
+                if isinstance(value, dict) is (field in ("key", "step")) or not _of_tensors(value):
                     raise ValueError(f"{at(joined(path, field))} is {type(value).__name__}")
             return BioState(**values, fresh=fresh, layout=of_params)
         case {"node": str(name), "children": list(items), **rest} if not rest:
@@ -230,6 +226,12 @@ def joined(path: str, key: Any) -> str:
     return f"{path}/{key}" if path else str(key)
 
 
+def _of_tensors(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all([_of_tensors(child) for child in value.values()])
+    return isinstance(value, Saved)
+
+
 def _static(static: Any, path: str) -> tuple[Fresh, Layout]:
     """The static fields of a BioState, if they are such."""
 
@@ -239,7 +241,8 @@ def _static(static: Any, path: str) -> tuple[Fresh, Layout]:
     if type(static) is tuple and [type(part) for part in static] == [tuple, tuple]:
         fresh, layout = static
         good = [kinds(row) == (str, str, float) for row in fresh]
-        good += [kinds(row) == (str, (int,) * len(row[-1])) for row in layout if type(row) is tuple and len(row) == 2]
+        pairs = [row for row in layout if type(row) is tuple and len(row) == 2 and type(row[1]) is tuple]
+        good += [kinds(row) == (str, (int,) * len(row[1])) for row in pairs]
         if all(good) and len(good) == len(fresh) + len(layout):
             return fresh, layout
     raise ValueError(f"{at(path)} is a BioState without what belongs to it")

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from biofunc import trees
-from biofunc.checkpoint_layout import Foreign, Saved, at, is_sharded, joined
+from biofunc.checkpoint_layout import Foreign, Saved, at, joined
+from biofunc.sharding import is_sharded
 from biofunc.state import DATA, BioState
 
 ABSENT: Any = object()

@@ -9,7 +9,9 @@ not used.
 
 import errno
 import hashlib
+import itertools
 import json
+import math
 import os
 import re
 import secrets
@@ -29,7 +31,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from biofunc import checkpoint_file
-from biofunc.checkpoint_layout import at, is_sharded
+from biofunc.checkpoint_layout import at
+from biofunc.sharding import is_sharded
 from biofunc.trees import Leaves
 
 INDEX = "index.safetensors"
@@ -203,12 +206,29 @@ def shapes(path: str, metadata: Mapping[str, str]) -> Leaves:
     for name, digest in files.items():
         if checksum(os.path.join(folder, name)) != digest:
             raise ValueError(f"the checksum of {os.path.join(folder, name)} does not hold")
-    stored = HuggingFaceStorageReader(folder).read_metadata().state_dict_metadata
-    return {
-        name: torch.empty(kept.size, dtype=kept.properties.dtype, device="meta")
-        for name, kept in stored.items()
-        if isinstance(kept, TensorStorageMetadata)
-    }
+    try:
+        stored = HuggingFaceStorageReader(folder).read_metadata().state_dict_metadata
+        held = {name: kept for name, kept in stored.items() if isinstance(kept, TensorStorageMetadata)}
+        dtypes = {name: kept.properties.dtype for name, kept in held.items()}
+        whole = {name: torch.empty(kept.size, dtype=dtypes[name], device="meta") for name, kept in held.items()}
+        torn = [name for name, kept in held.items() if not _tiles(kept)]
+    except Exception as error:  # on a forged header torch and safetensors raise all kinds
+        raise ValueError(f"its parts cannot be read ({type(error).__name__}: {error})") from None
+    if torn:
+        raise ValueError(f"the parts of tensor '{torn[0]}' do not make a whole")
+    return whole
+
+
+def _tiles(kept: TensorStorageMetadata) -> bool:
+    """Whether the parts of a tensor lie within it, apart from each other, and leave nothing out."""
+    boxes = [tuple(zip(part.offsets, part.sizes, strict=True)) for part in kept.chunks if math.prod(part.sizes)]
+    for box in boxes:
+        if not all([start >= 0 and start + size <= whole for (start, size), whole in zip(box, kept.size, strict=True)]):
+            return False
+    for one, other in itertools.combinations(boxes, 2):
+        if all([a < b + m and b < a + n for (a, n), (b, m) in zip(one, other, strict=True)]):
+            return False
+    return sum([math.prod([size for _, size in box]) for box in boxes]) == math.prod(kept.size)
 
 
 def fill(path: str, metadata: Mapping[str, str], targets: Leaves) -> None:

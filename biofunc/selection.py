@@ -137,10 +137,11 @@ def _from_mask(mask: dict[str, Any], params: Leaves) -> list[str]:
 
 
 def warn_of_stack(name: str, params: Leaves, remedy: str) -> None:
-    """Warns where all that is called bias has two or more dimensions, and all leaves as many members: a stack."""
+    """Warns where every bias has two dimensions or more, a weight three, and all leaves as many members: a stack."""
     biases = [path for path in params if path.replace("/", ".").rpartition(".")[2] == "bias"]
     members = {leaf.shape[0] if leaf.dim() else None for leaf in params.values()}
-    if biases and len(members) == 1 and all([params[path].dim() > 1 for path in biases]):
+    stacked = any([leaf.dim() > 2 for leaf in params.values()])
+    if biases and stacked and len(members) == 1 and all([params[path].dim() > 1 for path in biases]):
         warnings.warn(
             f"{name} look like the stack of an ensemble: '{biases[0]}' has shape {tuple(params[biases[0]].shape)} and "
             f"passes for a synapse; {remedy}, or name the synapses with where=",

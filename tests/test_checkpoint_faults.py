@@ -204,6 +204,32 @@ def test_forged_states_and_rules_are_refused(tmp_path):
             bf.load(tmp_path / "forged")
 
 
+@pytest.mark.parametrize("row", [["fc1.weight", 7], ["fc1.weight", None], [3, {"tuple": [5, 6]}], ["fc1.weight"]])
+def test_a_state_with_forged_static_fields_is_refused(tmp_path, row):
+    def forge(state):
+        state["static"]["tuple"][1]["tuple"][0] = {"tuple": row}
+
+    with pytest.raises(ValueError, match="'state' is a BioState without what belongs to it"):
+        bf.load(forged_state(tmp_path, forge))
+
+
+def test_a_state_that_holds_more_than_tensors_is_refused(tmp_path):
+    def forge(state):
+        state["plasticity"]["dict"][0][1] = 5
+
+    with pytest.raises(ValueError, match="'state/plasticity' is dict"):
+        bf.load(forged_state(tmp_path, lambda state: forge(state["BioState"])))
+
+
+def forged_state(folder, forge):
+    bf.save(folder / "run", run_of(), rules=RULES)
+    data = (folder / "run").read_bytes()
+    told = json.loads(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["tree"])
+    forge(dict(told["dict"])["state"])
+    (folder / "forged").write_bytes(forged(data, {"tree": json.dumps(told)}))
+    return folder / "forged"
+
+
 def test_2000_forged_layouts_raise_nothing_but_value_errors(tmp_path):
     """Whoever signs a file may write any tree into it, but nothing that crashes or runs."""
     bf.save(tmp_path / "run", run_of(), rules=RULES)

@@ -1,5 +1,6 @@
 """Checkpoints of DTensors: each process writes its part, any number of processes reads them."""
 
+import errno
 import json
 import os
 import pathlib
@@ -11,11 +12,13 @@ import pytest
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from sharded_saves import same, tree
+from sharded_saves import same, tree, whole
+from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import biofunc as bf
+from biofunc import checkpoint_file, checkpoint_sharded
 
 HERE = pathlib.Path(__file__).parent
 
@@ -126,3 +129,65 @@ def test_files_and_folders_are_not_taken_for_each_other(tmp_path, mesh):
         bf.save(tmp_path / "folder", {"w": torch.ones(3)})
     assert same(bf.load(tmp_path / "file", like=spread), spread)
     assert same(bf.load(tmp_path / "folder"), {"w": torch.ones(3)})
+
+
+def forged(folder, offsets, shape):
+    """Signs a part that says it lies elsewhere, and an index that says its tensor is of another shape."""
+    _, part = files(folder)
+    data = part.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"][CUSTOM_METADATA_KEY] = json.dumps({"w": {"saved_offsets": offsets}})
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    part.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+    index = checkpoint_file.metadata_of((folder / "index.safetensors").read_bytes())
+    del index["sha256"]
+    index["files"] = json.dumps({part.name: checkpoint_sharded.checksum(str(part))})
+    index["tree"] = json.dumps({"dict": [["w", {"tensor": "w", "dtype": "F32", "shape": shape}]]})
+    checkpoint_file.write(str(folder / "index.safetensors"), {}, index)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "shape", "message"),
+    [
+        ([3, 0], [10, 5], "the parts of tensor 'w' do not make a whole"),
+        ([10**13, 0], [10**13 + 7, 5], "the parts of tensor 'w' do not make a whole"),
+        ("x", [7, 5], r"its parts cannot be read \(TypeError"),
+    ],
+)
+def test_forged_parts_make_no_tensor(mesh, tmp_path, offsets, shape, message):
+    weight = distribute_tensor(torch.arange(35.0).reshape(7, 5), mesh, [Shard(0)])
+    bf.save(tmp_path / "run", {"w": weight})
+    forged(tmp_path / "run", [0, 0], [7, 5])
+    assert torch.equal(bf.load(tmp_path / "run")["w"], weight.full_tensor())
+    forged(tmp_path / "run", offsets, shape)
+    with pytest.raises(ValueError, match=message):
+        bf.load(tmp_path / "run")
+
+
+def test_parts_that_the_index_names_stay_whatever_fails_after(saved, mesh, monkeypatch):
+    sync, folders = checkpoint_file.sync_folder, []
+
+    def fail_at_last(folder):
+        folders.append(folder)
+        if folder == str(saved):
+            raise OSError(errno.EIO, "Input/output error")
+        sync(folder)
+
+    monkeypatch.setattr(checkpoint_file, "sync_folder", fail_at_last)
+    with pytest.raises(OSError, match="saved, but a power cut may undo it"):
+        bf.save(saved, {"w": distribute_tensor(torch.ones(3), mesh, [Shard(0)])})
+    assert len(folders) == 2
+    assert same(bf.load(saved), {"w": torch.ones(3)})
+
+
+def test_hyperparameters_that_are_tensors_are_compared(mesh, tmp_path):
+    def rules(lr):
+        return [bf.descend(torch.tensor(lr))]
+
+    weight = {"w": distribute_tensor(torch.ones(3), mesh, [Shard(0)])}
+    bf.save(tmp_path / "run", weight, rules=rules(0.1))
+    assert same(bf.load(tmp_path / "run", rules=rules(0.1)), whole(weight))
+    with pytest.raises(ValueError, match=r"descend: lr is .* in the checkpoint and .* here"):
+        bf.load(tmp_path / "run", rules=rules(0.2))

@@ -283,10 +283,22 @@ def test_without_a_process_group_the_error_says_what_to_do():
         bf.ensemble.gather([torch.arange(3)], 3, None)
 
 
-def test_a_torch_without_distributed_still_imports_and_says_the_same(monkeypatch):
-    monkeypatch.setattr(dist, "is_available", lambda: False)
-    with pytest.raises(RuntimeError, match="there is no process group"):
+def test_a_torch_without_distributed_still_imports_learns_and_says_the_same():
+    code = """if True:
+        import torch, torch.distributed
+        def lacking(*_):
+            raise RuntimeError("this torch was built without distributed")
+        torch.distributed.is_available = lambda: False
+        torch.distributed.is_initialized = lacking
+        import biofunc as bf
+        params = {"w": torch.ones(3, 2)}
+        learn = bf.chain(bf.crystallize, bf.fuzzy_learning_rates, bf.descend(0.1), bf.rejuvenate_weights)
+        learn(params, params, learn.init(params, bf.random.key(0)))
         bf.ensemble.shard(torch.arange(3), 2, None)
+    """
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 1
+    assert "RuntimeError: there is no process group" in run.stderr
 
 
 def test_a_described_tree_can_be_built_or_says_why_not():
