@@ -8,30 +8,36 @@ over them with `vmap`. The step is that of a chain; a rule called alone does not
 import math
 import numbers
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
 __all__ = ["constant", "cosine", "exponential", "linear", "piecewise"]
 
-Schedule = Callable[[Tensor], Tensor]
+Schedule = Callable[[Tensor | int], Tensor]
+"""Of the step as a 0-d tensor; those of this file take an int too, to look at or to plot."""
 
 
 def constant(value: float | Tensor) -> Schedule:
     """The same value at every step.
 
     Args:
-        value: the value.
+        value: the value; inf where the hyperparameter takes it.
 
     Returns:
         `step -> value`.
 
     Raises:
-        ValueError: the value is not finite.
+        ValueError: the value is NaN.
         TypeError: it is no number or tensor.
     """
-    _check_finite(value=value)
-    return lambda step: value + 0 * step.to(torch.float64)
+    _check_value("value", value)
+    return partial(_constant, value)
+
+
+def _constant(value: float | Tensor, step: Tensor | int) -> Tensor:
+    return value + 0 * _exact(step)
 
 
 def linear(start: float | Tensor, stop: float | Tensor, steps: int) -> Schedule:
@@ -51,7 +57,11 @@ def linear(start: float | Tensor, stop: float | Tensor, steps: int) -> Schedule:
     """
     _check_steps(steps)
     _check_finite(start=start, stop=stop)
-    return lambda step: start + (stop - start) * _progress(step, steps)
+    return partial(_linear, start, stop, steps)
+
+
+def _linear(start: float | Tensor, stop: float | Tensor, steps: int, step: Tensor | int) -> Tensor:
+    return start + (stop - start) * _progress(step, steps)
 
 
 def cosine(start: float | Tensor, stop: float | Tensor, steps: int) -> Schedule:
@@ -71,7 +81,11 @@ def cosine(start: float | Tensor, stop: float | Tensor, steps: int) -> Schedule:
     """
     _check_steps(steps)
     _check_finite(start=start, stop=stop)
-    return lambda step: stop + (start - stop) * (1 + torch.cos(math.pi * _progress(step, steps))) / 2
+    return partial(_cosine, start, stop, steps)
+
+
+def _cosine(start: float | Tensor, stop: float | Tensor, steps: int, step: Tensor | int) -> Tensor:
+    return stop + (start - stop) * (1 + torch.cos(math.pi * _progress(step, steps))) / 2
 
 
 def exponential(start: float | Tensor, factor: float | Tensor, steps: int) -> Schedule:
@@ -94,7 +108,11 @@ def exponential(start: float | Tensor, factor: float | Tensor, steps: int) -> Sc
     if not isinstance(factor, Tensor) and not factor > 0:
         raise ValueError(f"factor is {factor}; it must be positive")
     _check_finite(start=start, factor=factor)
-    return lambda step: start * factor ** (step.to(torch.float64) / steps)
+    return partial(_exponential, start, factor, steps)
+
+
+def _exponential(start: float | Tensor, factor: float | Tensor, steps: int, step: Tensor | int) -> Tensor:
+    return start * factor ** (_exact(step) / steps)
 
 
 def piecewise(start: float | Tensor, values: Mapping[int, float | Tensor]) -> Schedule:
@@ -102,13 +120,14 @@ def piecewise(start: float | Tensor, values: Mapping[int, float | Tensor]) -> Sc
 
     Args:
         start: value at step 0.
-        values: new value by the step at which it begins, `{1000: 0.01, 2000: 0.001}`.
+        values: new value by the step at which it begins, `{1000: 0.01, 2000: 0.001}`; inf where the hyperparameter
+            takes it.
 
     Returns:
         `step -> the value of the last step named that is not later, else start`.
 
     Raises:
-        ValueError: a step is below 1 or beyond 2^63, or a value is not finite.
+        ValueError: a step is below 1 or beyond 2^63, or a value is NaN.
         TypeError: values is no dict, a step no integer, or a value no number or tensor.
     """
     if not isinstance(values, Mapping):
@@ -120,19 +139,31 @@ def piecewise(start: float | Tensor, values: Mapping[int, float | Tensor]) -> Sc
             raise ValueError(f"values names step {step}; the value of step 0 is start, named steps begin at 1")
         if step >= 2**63:
             raise ValueError(f"values names step {step}; steps are counted up to 2^63")
-    _check_finite(start=start, **{f"values[{step}]": value for step, value in values.items()})
-
-    def schedule(step: Tensor) -> Tensor:
-        value = start + 0 * step.to(torch.float64)
-        for begin, new in sorted(values.items()):
-            value = torch.where(step >= begin, new, value)
-        return value
-
-    return schedule
+    for name, value in {"start": start, **{f"values[{step}]": value for step, value in values.items()}}.items():
+        _check_value(name, value)
+    return partial(_piecewise, start, dict(sorted(values.items())))
 
 
-def _progress(step: Tensor, steps: int) -> Tensor:
-    return (step.to(torch.float64) / steps).clamp(max=1.0)
+def _piecewise(start: float | Tensor, values: Mapping[int, float | Tensor], step: Tensor | int) -> Tensor:
+    value = _constant(start, step)
+    count = step if isinstance(step, Tensor) else torch.tensor(step)  # float64 would blur steps beyond 2^53
+    for begin, new in values.items():
+        value = torch.where(count >= begin, new, value)
+    return value
+
+
+def _progress(step: Tensor | int, steps: int) -> Tensor:
+    return (_exact(step) / steps).clamp(max=1.0)
+
+
+def _exact(step: Tensor | int) -> Tensor:
+    return step.to(torch.float64) if isinstance(step, Tensor) else torch.tensor(step, dtype=torch.float64)
+
+
+def _check_value(name: str, value: float | Tensor) -> None:
+    _check_number(name, value)
+    if not isinstance(value, Tensor) and value != value:
+        raise ValueError(f"{name} is {value}; it must be a number or inf")
 
 
 def _check_finite(**values: float | Tensor) -> None:

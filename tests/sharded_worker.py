@@ -264,6 +264,7 @@ def composition(notes, data):
 
 def measures(notes, data):
     learn = bf.chain(bf.crystallize, bf.fuzzy_learning_rates, bf.descend(0.5), bf.rejuvenate_weights)
+    stacked = [path for path in data.plain if path != "strided" or torch.__version__ >= (2, 13)]  # torch mixes it up
     results = []
     for way in (True, False):
         first = data.sharded if way else data.plain
@@ -271,7 +272,9 @@ def measures(notes, data):
         results.append(
             {
                 "turnover": bf.measure.turnover(first, last),
-                "survival": bf.measure.survival(bf.ensemble.stack([first, last])),
+                "survival": bf.measure.survival(
+                    bf.ensemble.stack([{path: tree[path] for path in stacked} for tree in (first, last)])
+                ),
                 "sign_balance": bf.measure.sign_balance(last),
                 "consistency": bf.measure.dale_consistency(last),
                 "skew": bf.measure.log_weight_skew(last),

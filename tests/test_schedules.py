@@ -1,6 +1,7 @@
 """Schedules: their formulas at integer steps, and as hyperparameters of a chain."""
 
 import math
+import pickle
 from functools import partial
 
 import pytest
@@ -71,6 +72,25 @@ def test_a_schedule_is_its_formula_at_each_step_and_beyond_its_end(name):
     schedule, formula = CASES[name]
     for step in [*range(30), 1000]:
         close(at(schedule, step), formula(step), 1e-13)
+
+
+@each_schedule
+def test_a_step_may_be_an_int_to_look_at_a_schedule(name):
+    schedule = CASES[name][0]
+    for step in (0, 3, 1000, 2**62):
+        assert torch.equal(schedule(step), at(schedule, step))
+
+
+@each_schedule
+def test_a_schedule_can_be_pickled(name):
+    schedule = pickle.loads(pickle.dumps(CASES[name][0]))
+    assert torch.equal(at(schedule, 5), at(CASES[name][0], 5))
+
+
+def test_a_threshold_can_become_infinite():
+    schedule = schedules.piecewise(1.0, {2**60 + 1: math.inf})
+    assert (at(schedule, 2**60), at(schedule, 2**60 + 1)) == (1, math.inf)
+    assert at(schedules.constant(math.inf), 7) == math.inf
 
 
 @each_schedule
