@@ -6,7 +6,6 @@ executed when it is read.
 """
 
 import json
-import numbers
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +17,7 @@ from biofunc import checkpoint_file
 from biofunc.chain import Chain
 from biofunc.checkpoint_layout import DEEPEST, Description, Saved, describe, parse
 from biofunc.checkpoint_like import ABSENT, fit, placed
-from biofunc.rule import as_rule
+from biofunc.checkpoint_rules import check_rules, describe_rules
 from biofunc.sharding import is_sharded
 from biofunc.trees import Leaves, Tree
 
@@ -47,8 +46,9 @@ def save(path: str | os.PathLike[str], tree: Tree, rules: Chain | Sequence[Any] 
         tree: any nesting of dicts with string or integer keys, lists, tuples and BioStates, of ensembles too, that
             holds tensors, numbers, strings and None: `{"params": params, "state": state, "epoch": 3}`, or what
             `state_dict` gives. NamedTuples and nodes registered with optree are saved too; to load them takes `like`.
-        rules: the chain, or a sequence of rules, whose names and bound hyperparameters are kept, for `load` to
-            compare; schedules and functions are kept by name alone.
+        rules: the chain, or a sequence of rules, whose names, periods, selections and bound hyperparameters are kept,
+            for `load` to compare: schedules with their arguments, functions of your own by name, with what a
+            `functools.partial` of them binds.
 
     Raises:
         TypeError, ValueError: something in the tree cannot be saved; nothing was written then.
@@ -57,7 +57,7 @@ def save(path: str | os.PathLike[str], tree: Tree, rules: Chain | Sequence[Any] 
     """
     checkpoint_file.safetensors()
     tensors: Leaves = {}
-    described = {"tree": describe(tree, "", tensors), "rules": _describe_rules(rules, tensors)}
+    described = {"tree": describe(tree, "", tensors), "rules": describe_rules(rules, tensors)}
     if any([is_sharded(tensor) for tensor in tensors.values()]):
         from biofunc import checkpoint_sharded
 
@@ -107,13 +107,11 @@ def load(
             from biofunc import checkpoint_sharded
 
             tensors = checkpoint_sharded.shapes(path, metadata)
-        tree, saved_rules = parsed(metadata, tensors)
+        tree, saved_rules, names = parsed(metadata, tensors)
         if spread and rules is not None:  # to compare hyperparameters that are tensors takes their values
-            bound: Leaves = {}
-            fit(saved_rules, ABSENT, lambda _, saved, __: bound.update({saved.name: saved.tensor}))
-            bound = {name: torch.empty_like(tensor, device="cpu") for name, tensor in bound.items()}
+            bound: Leaves = {name: torch.empty_like(tensors[name], device="cpu") for name in names}
             checkpoint_sharded.fill(path, metadata, bound)
-            tree, saved_rules = parsed(metadata, {**tensors, **bound})
+            tree, saved_rules, _ = parsed(metadata, {**tensors, **bound})
     except ValueError as error:
         raise ValueError(f"'{path}' is damaged: {error}; go back to a checkpoint that is whole") from None
     if rules is not None:
@@ -151,13 +149,25 @@ def check_version(metadata: dict[str, str]) -> None:
         )
 
 
-def parsed(metadata: dict[str, str], tensors: Leaves) -> tuple[Any, Any]:
-    """The tree, with `Saved` for its tensors, and the rules; an error where the metadata are not what `save` writes."""
+def parsed(metadata: dict[str, str], tensors: Leaves) -> tuple[Any, Any, set[str]]:
+    """The tree and the rules, with `Saved` for tensors, out of metadata that nobody vouches for.
+
+    Args:
+        metadata: of a file or an index.
+        tensors: by name.
+
+    Returns:
+        The tree, the rules, and the names of the tensors that the rules hold.
+
+    Raises:
+        ValueError: the metadata are not what `save` writes.
+    """
     used: set[str] = set()
     parts = []
     for name in ("tree", "rules"):
         try:
             layout = json.loads(metadata.get(name, ""), parse_constant=_refuse)
+            of_tree = frozenset(used)
             parts.append(parse(layout, tensors, "" if name == "tree" else name, used, references=name == "rules"))
         except RecursionError:
             raise ValueError(f"its {name} is nested deeper than {DEEPEST}") from None
@@ -168,77 +178,15 @@ def parsed(metadata: dict[str, str], tensors: Leaves) -> tuple[Any, Any]:
     tree, rules = parts
     for rule in [] if rules is None else rules if isinstance(rules, list) else [rules]:
         match rule:
-            case {"name": str(), "around": list(around), "bound": dict()} if all([type(w) is str for w in around]):
+            case {"name": str(), "around": list(around), "within": list(), "bound": dict()} if _are_texts(around):
                 continue
         raise ValueError("its rules are damaged")
-    return tree, rules
+    return tree, rules, used - of_tree
+
+
+def _are_texts(values: list[Any]) -> bool:
+    return all([type(value) is str for value in values])
 
 
 def _refuse(token: str) -> None:
     raise ValueError(f"{token} is no JSON")
-
-
-def _describe_rules(rules: Chain | Sequence[Any] | None, tensors: Leaves) -> Description:
-    if rules is None:
-        return None
-    given = rules.rules if isinstance(rules, Chain) else rules
-    made = [as_rule(rule) for rule in given]
-    rows = [
-        {"name": rule.name, "around": list(rule.wrappers), "bound": {k: _number(v) for k, v in rule.bound.items()}}
-        for rule in made
-    ]
-    return describe(rows, "rules", tensors, references=True)
-
-
-def _number(value: Any) -> Any:
-    """NumPy's numbers as Python's; all else as it is."""
-    return value if type(value) in (bool, int, float) or not isinstance(value, numbers.Real) else float(value)
-
-
-def check_rules(saved: Any, rules: Chain | Sequence[Any]) -> None:
-    """Refuses to go on with other rules than those that were saved.
-
-    Args:
-        saved: from `parsed`.
-        rules: the chain or the rules.
-
-    Raises:
-        ValueError: they differ; the message says in what.
-    """
-    tensors: Leaves = {}
-    given = parse(_describe_rules(rules, tensors), tensors, "rules", set(), references=True)
-    go_on = "bf.load(path) without rules= goes on with others"
-    if saved is None:
-        raise ValueError("the checkpoint was saved without rules; " + go_on)
-    names = [[rule["name"] for rule in some] for some in (saved, given)]
-    if names[0] != names[1]:
-        raise ValueError(f"the checkpoint was made by the rules {names[0]}, given are {names[1]}; {go_on}")
-    for old, new in zip(saved, given, strict=True):
-        if old["around"] != new["around"]:
-            raise ValueError(
-                f"{old['name']}: the checkpoint has it inside {''.join(old['around']) or 'nothing'}, here it is inside "
-                f"{''.join(new['around']) or 'nothing'}; {go_on}"
-            )
-        for keyword in {**old["bound"], **new["bound"]}:
-            pair = [some["bound"].get(keyword, ABSENT) for some in (old, new)]
-            if _bits(pair[0]) != _bits(pair[1]):
-                shown = ["not given" if value is ABSENT else _value(value) for value in pair]
-                raise ValueError(
-                    f"{old['name']}: {keyword} is {shown[0]} in the checkpoint and {shown[1]} here; {go_on}"
-                )
-
-
-def _bits(value: Any) -> Any:
-    """Something that is equal for equal hyperparameters alone: tensors by dtype, shape and bits, numbers by value."""
-    if isinstance(value, Saved):
-        flat = value.tensor.detach().cpu().contiguous().reshape(-1)
-        return str(flat.dtype), tuple(value.tensor.shape), tuple(flat.view(torch.uint8).tolist())
-    if isinstance(value, dict):
-        return {key: _bits(child) for key, child in value.items()}
-    if isinstance(value, list | tuple):
-        return [_bits(child) for child in value]
-    return "nan" if value != value else value
-
-
-def _value(value: Any) -> str:
-    return repr(value.tensor.tolist()) if isinstance(value, Saved) else repr(value)

@@ -5,6 +5,8 @@ themselves. No class is looked up by a name out of a file, so that nothing which
 """
 
 import dataclasses
+import functools
+import numbers
 import re
 import struct
 from collections import OrderedDict
@@ -54,6 +56,9 @@ class Saved:
     name: str
     tensor: Tensor
 
+    def __repr__(self) -> str:
+        return f"a tensor of shape {tuple(self.tensor.shape)}" if self.tensor.is_meta else repr(self.tensor.tolist())
+
 
 @dataclasses.dataclass(frozen=True)
 class Foreign:
@@ -65,12 +70,20 @@ class Foreign:
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """A function among hyperparameters: its name stands for it."""
+    """A function among hyperparameters: its name, with what a `functools.partial` binds or a dataclass holds.
+
+    Of other objects the name of the class stands for them.
+    """
 
     name: str
+    arguments: list[Any]
+    keywords: dict[str, Any]
 
     def __repr__(self) -> str:
-        return self.name
+        if not self.arguments and not self.keywords:
+            return self.name
+        keywords = [f"{keyword}={value!r}" for keyword, value in self.keywords.items()]
+        return f"{self.name}({', '.join([*map(repr, self.arguments), *keywords])})"
 
 
 def describe(tree: Tree, path: str, tensors: Leaves, *, references: bool = False, depth: int = 0) -> Description:
@@ -80,7 +93,7 @@ def describe(tree: Tree, path: str, tensors: Leaves, *, references: bool = False
         tree: what is saved.
         path: where it stands in the whole, for names and messages.
         tensors: takes up the tensors by name.
-        references: whether functions may occur, to be kept by name.
+        references: whether functions and other objects may occur, to be kept by name.
         depth: how deep it stands.
 
     Returns:
@@ -96,6 +109,7 @@ def describe(tree: Tree, path: str, tensors: Leaves, *, references: bool = False
     def inner(key: Any, child: Any) -> Description:
         return describe(child, joined(path, key), tensors, references=references, depth=depth + 1)
 
+    tree = _plain_number(tree, references)
     kind = type(tree)
     if isinstance(tree, Tensor):
         check_tensor(tree, path)
@@ -126,12 +140,28 @@ def describe(tree: Tree, path: str, tensors: Leaves, *, references: bool = False
         entries, children, _ = node
         items = [[str(entry), inner(entry, child)] for entry, child in zip(entries, children, strict=True)]
         return {"node": _name_of(kind), "children": items}
-    if references and callable(tree):
-        return {"reference": _name_of(getattr(tree, "func", tree))}
+    if references and kind is functools.partial:
+        bound = {"arguments": inner("arguments", list(tree.args)), "keywords": inner("keywords", tree.keywords)}
+        return {"reference": _name_of(tree.func), **bound}
+    if references and dataclasses.is_dataclass(kind):
+        fields = {field.name: getattr(tree, field.name) for field in dataclasses.fields(kind)}
+        return {"reference": _name_of(kind), "arguments": inner("arguments", []), "keywords": inner("keywords", fields)}
+    if references:
+        return {"reference": _name_of(tree)}
     raise TypeError(
         f"{at(path)} is {kind.__name__}; a checkpoint holds tensors, dicts, lists, tuples, BioStates, nodes that are "
         "registered with optree, and int, float, str, bool and None: convert it to one of them"
     )
+
+
+def _plain_number(value: Any, references: bool) -> Any:
+    """NumPy's numbers as Python's, any number among hyperparameters as a float; all else as it is."""
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
+        number = value.item()
+        return number if type(number) in (bool, int, float) else value
+    if isinstance(value, bool | int | float) or not references or not isinstance(value, numbers.Real):
+        return value
+    return float(value)
 
 
 def check_tensor(tensor: Tensor, path: str) -> None:
@@ -212,7 +242,11 @@ def parse(
                     raise ValueError(f"{at(path)} has an entry without name and value")
             return Foreign(name, {entry: inner(entry, child) for entry, child in items})
         case {"reference": str(name), **rest} if not rest and references:
-            return Reference(name)
+            return Reference(name, [], {})
+        case {"reference": str(name), "arguments": arguments, "keywords": keywords, **rest} if not rest and references:
+            bound = inner("arguments", arguments), inner("keywords", keywords)
+            if [type(part) for part in bound] == [list, dict] and all([type(word) is str for word in bound[1]]):
+                return Reference(name, *bound)
     raise ValueError(f"{at(path)} is {str(layout)[:60]}, which bf.save does not write")
 
 

@@ -358,7 +358,7 @@ OTHER_RULES = {
     "tensor": (learner(lr=torch.tensor(0.05)), r"descend: lr is 0.05 in the checkpoint and 0.05000000074505806 here"),
     "schedule": (
         learner(lr=bf.schedules.constant(0.05)),
-        r"descend: lr is 0.05 .* biofunc.schedules.constant.<locals>.<lambda> here",
+        r"descend: lr is 0.05 .* biofunc.schedules._constant\(0.05\) here",
     ),
     "period": (
         learner(period=4),
@@ -382,6 +382,61 @@ def test_other_rules_are_refused(tmp_path, case):
     with pytest.raises(ValueError, match=message):
         bf.load(tmp_path / "run", rules=rules)
     assert bf.load(tmp_path / "run") == {"epoch": 3}
+
+
+def halving(every, step):
+    return 0.5 ** (step / every)
+
+
+def only(*names):
+    model = torch.nn.Sequential(OrderedDict((name, torch.nn.Linear(3, 3)) for name in ("fc1", "fc2")))
+    return {f"{name}.{kind}": name in names for name in ("fc1", "fc2") for kind in ("weight", "bias")}, model
+
+
+def within(selection):
+    return [bf.where(selection, bf.crystallize)]
+
+
+DIFFERENT = {
+    "schedule": [[bf.descend(bf.schedules.cosine(0.1, 0.0, steps))] for steps in (10, 11)],
+    "schedule of tensors": [
+        [bf.descend(bf.schedules.linear(torch.tensor(lr), 0.0, 10))] for lr in (0.1, math.nextafter(0.1, 1) + 1e-8)
+    ],
+    "steps": [[bf.descend(bf.schedules.piecewise(1.0, {at: 0.1}))] for at in (2**60, 2**60 + 1)],
+    "function of one's own": [[bf.descend(partial(halving, n))] for n in (10, 20)],
+    "keyword": [[bf.descend(partial(halving, every=n))] for n in (10, np.float64(20))],
+    "layers": [
+        [partial(bf.fuzzy_learning_rates, distribution=bf.distributions.layer_adaptive(paths))]
+        for paths in (["a", "b"], ["b", "a"])
+    ],
+    "mask": [within(only(name)[0]) for name in ("fc1", "fc2")],
+    "glob": [within(glob) for glob in ("fc1*", "fc2*")],
+    "types": [within(bf.layers(only()[1], kind)) for kind in (torch.nn.Linear,)] + [within("fc1.weight")],
+    "predicate": [within(lambda path, leaf: True), within("*")],
+}
+
+
+@pytest.mark.parametrize("case", DIFFERENT)
+def test_what_a_rule_was_made_with_is_compared(tmp_path, case):
+    first, second = DIFFERENT[case]
+    bf.save(tmp_path / "run", {"epoch": 3}, rules=first)
+    assert bf.load(tmp_path / "run", rules=first) == {"epoch": 3}
+    with pytest.raises(ValueError, match=r"(lr is|distribution is|where selects by|inside where).* here"):
+        bf.load(tmp_path / "run", rules=second)
+
+
+def test_an_object_that_a_function_binds_does_not_lose_the_run(tmp_path):
+    rules = [bf.descend(partial(halving, every=object()))]
+    bf.save(tmp_path / "run", {"epoch": 3}, rules=rules)
+    assert bf.load(tmp_path / "run", rules=rules) == {"epoch": 3}
+
+
+@pytest.mark.parametrize("number", [np.float64(0.1), np.float32(0.1), np.int64(-(2**63)), np.uint8(255), np.True_])
+def test_numbers_of_numpy_come_back_as_those_of_python(tmp_path, number):
+    bf.save(tmp_path / "run", {"loss": number})
+    loss = bf.load(tmp_path / "run")["loss"]
+    assert loss == number
+    assert type(loss) in (bool, int, float)
 
 
 def test_the_same_rules_are_accepted(tmp_path):
