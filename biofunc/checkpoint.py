@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from biofunc import checkpoint_file
+from biofunc import checkpoint_file, trees
 from biofunc.chain import Chain
 from biofunc.checkpoint_layout import DEEPEST, Description, Saved, describe, parse
 from biofunc.checkpoint_like import ABSENT, fit, placed
@@ -55,15 +55,25 @@ def save(path: str | os.PathLike[str], tree: Tree, rules: Chain | Sequence[Any] 
         OSError: it could not be written; what was there before is as it was.
         ModuleNotFoundError: safetensors is not installed.
     """
-    checkpoint_file.safetensors()
-    tensors: Leaves = {}
-    described = {"tree": describe(tree, "", tensors), "rules": describe_rules(rules, tensors)}
-    if any([is_sharded(tensor) for tensor in tensors.values()]):
+
+    def described() -> tuple[Leaves, dict[str, str]]:
+        checkpoint_file.safetensors()
+        tensors: Leaves = {}
+        return tensors, _metadata({"tree": describe(tree, "", tensors), "rules": describe_rules(rules, tensors)})
+
+    if _is_spread(tree):
         from biofunc import checkpoint_sharded
 
-        checkpoint_sharded.write(os.fspath(path), tensors, _metadata(described))
+        checkpoint_sharded.write(os.fspath(path), described)
     else:
-        checkpoint_file.write(os.fspath(path), tensors, _metadata(described))
+        checkpoint_file.write(os.fspath(path), *described())
+
+
+def _is_spread(tree: Tree) -> bool:
+    try:
+        return any([is_sharded(leaf) for leaf in trees.leaves(tree)])
+    except RecursionError:  # a tree that contains itself: describe says so
+        return False
 
 
 def load(
@@ -95,7 +105,18 @@ def load(
     checkpoint_file.safetensors()
     path = os.fspath(path)
     spread = os.path.isdir(path)  # a tree with DTensors
-    data = checkpoint_file.read(os.path.join(path, "index.safetensors") if spread else path)
+    file = os.path.join(path, "index.safetensors") if spread else path
+    while True:
+        data = checkpoint_file.read(file)
+        try:
+            return _loaded(path, data, spread, like, rules, device)
+        except (ValueError, OSError):
+            # Other processes may have saved meanwhile, and removed the parts that this index names
+            if not spread or checkpoint_file.read(file) == data:
+                raise
+
+
+def _loaded(path: str, data: bytes, spread: bool, like: Tree, rules: Any, device: torch.device | str | None) -> Tree:
     try:
         metadata = checkpoint_file.metadata_of(data)
         check_version(metadata)

@@ -64,26 +64,31 @@ def distributed(saved: Tensor, like: DTensor, path: str) -> Tensor:
     return distribute_tensor(saved.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def write(path: str, tensors: Leaves, metadata: Mapping[str, str]) -> None:
+def write(path: str, described: Callable[[], tuple[Leaves, dict[str, str]]]) -> None:
     """Writes a tree; each process of the default group calls it with the same one.
 
     Args:
         path: the folder; it is made if it is missing.
-        tensors: by name, DTensors and tensors that are the same on all processes.
-        metadata: strings by name, as for a checkpoint in one file.
+        described: gives the tensors by name, DTensors and tensors that are the same on all processes, and metadata as
+            for a checkpoint in one file. Where it raises on one process, all of them raise.
 
     Raises:
         TypeError: a placement of a DTensor cannot be saved.
         ValueError: the processes do not agree about the tree; nothing was written then.
         OSError: a part could not be written; what was there before is as it was.
     """
-    check_placements(tensors)
     path = os.path.realpath(path)
-    summary = hashlib.sha256(json.dumps(dict(metadata)).encode())
-    for name, tensor in tensors.items():
-        if not is_sharded(tensor):
-            summary.update(name.encode() + checkpoint_file.bytes_of(tensor))
-    first, *others = _together(lambda: (summary.hexdigest(), secrets.token_hex(8)))
+    tensors: Leaves = {}
+    metadata: dict[str, str] = {}
+
+    def describe() -> tuple[str, str]:
+        found, texts = described()
+        check_placements(found)
+        tensors.update(found)
+        metadata.update(texts)
+        return _summary(found, texts), secrets.token_hex(8)
+
+    first, *others = _together(describe)
     for rank, (digest, _) in enumerate(others, 1):
         if digest != first[0]:
             raise ValueError(
@@ -113,6 +118,15 @@ def write(path: str, tensors: Leaves, metadata: Mapping[str, str]) -> None:
                 shutil.rmtree(os.path.join(path, other), ignore_errors=True)
 
 
+def _summary(tensors: Leaves, metadata: Mapping[str, str]) -> str:
+    """Checksum of all that must be the same on each process."""
+    summary = hashlib.sha256(json.dumps(metadata).encode())
+    for name, tensor in tensors.items():
+        if not is_sharded(tensor):
+            summary.update(name.encode() + checkpoint_file.bytes_of(tensor))
+    return summary.hexdigest()
+
+
 def _is_current(path: str, parts: str) -> bool:
     """Whether the index names these parts already: another process may fail after it was renamed."""
     try:
@@ -137,12 +151,16 @@ def _write_part(folder: str, tensors: Leaves) -> list[tuple[str, str]]:
     try:
         save(separate, storage_writer=HuggingFaceStorageWriter(folder, save_distributed=True))
     except CheckpointException as error:
-        cause = next(iter(error.failures.values()))[0]
-        number = cause.errno if isinstance(cause, OSError) else errno.EIO
-        raise OSError(number, f"cannot save ({cause}); what was there before is as it was", folder) from None
+        raise _of_system(error, "cannot save ({}); what was there before is as it was", folder) from None
     mine = f"shard-{dist.get_rank() + 1:05d}-"
     names = [name for name in sorted(os.listdir(folder)) if name.startswith(mine)]
     return [(name, checksum(os.path.join(folder, name))) for name in names]
+
+
+def _of_system(error: CheckpointException, message: str, folder: str) -> OSError:
+    cause = next(iter(error.failures.values()))[0]
+    number = cause.errno if isinstance(cause, OSError) else errno.EIO
+    return OSError(number, message.format(cause), folder)
 
 
 def _separate(tensor: Tensor, taken: set[int]) -> Tensor:
@@ -163,7 +181,8 @@ def _together(work: Callable[[], Any]) -> list[Any]:
     try:
         result = work()
     except Exception as error:  # the others wait: they must hear of whatever went wrong
-        failure = error
+        known = type(error).__module__ == "builtins"  # one of a library may not survive the way to other processes
+        failure = error if known else RuntimeError(f"{type(error).__name__}: {error}")
     outcomes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(outcomes, (result, failure))
     for _, failure in outcomes:
@@ -238,13 +257,19 @@ def fill(path: str, metadata: Mapping[str, str], targets: Leaves) -> None:
         path: the folder.
         metadata: those of its index.
         targets: tensors by name, of the shapes and dtypes that the checkpoint has; they are written into.
+
+    Raises:
+        OSError: a part cannot be read.
     """
     if not targets:
         return
+    folder = _parts(path, metadata)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        reader = HuggingFaceStorageReader(_parts(path, metadata))
-        load(dict(targets), storage_reader=reader, no_dist=True)
+        try:
+            load(dict(targets), storage_reader=HuggingFaceStorageReader(folder), no_dist=True)
+        except CheckpointException as error:
+            raise _of_system(error, "cannot load ({})", folder) from None
 
 
 def _parts(path: str, metadata: Mapping[str, str]) -> str:

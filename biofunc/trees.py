@@ -30,6 +30,11 @@ def flatten(tree: Tree) -> tuple[dict[str, Any], optree.PyTreeSpec]:
     return flat, structure
 
 
+def leaves(tree: Tree) -> list[Any]:
+    """A tree's leaves, whatever their paths."""
+    return optree.tree_leaves(tree, namespace=NAMESPACE)
+
+
 def unflatten(structure: optree.PyTreeSpec, flat: dict[str, Any]) -> Tree:
     """The tree whose leaves are the values of `flat`, in the order in which `flatten` gave them."""
     return optree.tree_unflatten(structure, flat.values())

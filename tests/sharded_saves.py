@@ -144,6 +144,11 @@ def fail(mesh, folder):
     refused(ValueError, "plain tensors of other values", lambda: bf.save(folder / "kept", other))
     refused(ValueError, "saves another tree", lambda: bf.save(folder / "kept", {**big, f"{rank}": 1}))
     refused(TypeError, "'sums' has placements", lambda: bf.save(folder / "kept", {"sums": partial_sums}))
+    # What one process alone cannot save, none of them saves, and none waits for it
+    odd = {**big, "odd": object() if rank else 3}
+    refused(TypeError, "'odd' is object", lambda: bf.save(folder / "kept", odd))
+    alone = {"sums": partial_sums if rank else big["big"]}
+    refused(TypeError, "'sums' has placements", lambda: bf.save(folder / "kept", alone))
     refused(FileNotFoundError, "make the folder first", lambda: bf.save(folder / "no" / "folder", big))
     refused(ValueError, "'big' is in like and not", lambda: bf.load(folder / "kept", like={**tree(mesh), **big}))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -160,6 +165,16 @@ def save_for_ever(mesh, folder):
     for index in range(10_000):
         w = distribute_tensor(torch.full((20_000,), float(index)), mesh, [Shard(0)])
         bf.save(folder / "killed", {"w": w, "at": index})
+
+
+def load_beside(path, seconds):
+    """Loads again and again while others save; parts are removed under its hands."""
+    loads, deadline = 0, time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        run = bf.load(path)
+        assert torch.equal(run["w"], torch.full((20_000,), float(run["at"])))
+        loads += 1
+    return loads
 
 
 def processes(count, work, folder):
@@ -204,7 +219,7 @@ def kill(children):
 
 def main():
     torch.set_num_threads(1)
-    counts = {"groups": 0, "kills": 0, "whole after a kill": 0, "parts left by a kill": 0}
+    counts = {"groups": 0, "loads beside saves": 0, "kills": 0, "whole after a kill": 0, "parts left by a kill": 0}
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
 
@@ -227,6 +242,7 @@ def main():
             deadline = time.monotonic() + SECONDS
             while not (folder / "killed" / "index.safetensors").exists() and time.monotonic() < deadline:
                 time.sleep(0.01)
+            counts["loads beside saves"] += load_beside(folder / "killed", 0.5)
             time.sleep(chance.uniform(0, 0.3))
             chance.shuffle(children)
             kill(children)

@@ -36,6 +36,7 @@ def test_groups_of_processes_save_load_go_on_fail_and_are_killed():
     counts = json.loads(done.stdout)
     assert counts["groups"] == 12
     assert counts["kills"] == counts["whole after a kill"] == 6
+    assert counts["loads beside saves"] > 6
 
 
 @pytest.fixture
@@ -164,6 +165,18 @@ def test_forged_parts_make_no_tensor(mesh, tmp_path, offsets, shape, message):
     forged(tmp_path / "run", offsets, shape)
     with pytest.raises(ValueError, match=message):
         bf.load(tmp_path / "run")
+
+
+def test_an_error_that_cannot_travel_is_told_by_its_name(mesh):
+    class StrangeError(Exception):
+        def __init__(self, one, other):  # pickle cannot make it again
+            super().__init__(f"{one} {other}")
+
+    def fail():
+        raise StrangeError("no", "luck")
+
+    with pytest.raises(RuntimeError, match="StrangeError: no luck"):
+        checkpoint_sharded._together(fail)
 
 
 def test_parts_that_the_index_names_stay_whatever_fails_after(saved, mesh, monkeypatch):
