@@ -434,8 +434,9 @@ def compiled(notes, data, world):
 def work(rank, world, folder, checks=()):
     torch.set_num_threads(1)
     warnings.simplefilter("error")
-    # Of torch's own making, with FSDP2 on top of tensor parallelism
+    # Of torch's own making: with FSDP2 on top of tensor parallelism, and on one old Python
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    warnings.filterwarnings("ignore", "Guards may run slower on Python 3.13.0")
     dist.init_process_group(
         "gloo", f"file://{folder}/store", datetime.timedelta(seconds=PATIENCE), world_size=world, rank=rank
     )
