@@ -12,7 +12,7 @@ import torch
 
 from biofunc.decorator import GIVEN, rule
 from biofunc.noise import Noise
-from biofunc.reductions import finite_mean
+from biofunc.reductions import finite_mean, finite_means
 from biofunc.rule import Hyperparameter
 from biofunc.state import BioState
 from biofunc.trees import Leaves
@@ -66,9 +66,10 @@ def rejuvenate_weights_lognormal(
     redrawn: Leaves = {}
     for path, w in params.items():
         size = w.abs()
-        mean = finite_mean(size)
+        mean, mean_of_w = finite_means(size, w)
+        # Squares may overflow, each at synapses of its own
         variance_of_size = finite_mean((size - mean) ** 2)
-        deviation = finite_mean((w - finite_mean(w)) ** 2).sqrt()
+        deviation = finite_mean((w - mean_of_w) ** 2).sqrt()
         # Never true where w is NaN or infinite. exp_: in place, in values that nobody else has
         dies = (death[path] < torch.exp_(-dre * size / deviation)) & (deviation > 0)
         sigma = spread * torch.log1p(variance_of_size / mean**2).sqrt()
