@@ -13,7 +13,7 @@ from table import CASES, IDS, TABLE
 
 import biofunc as bf
 from biofunc import BioState, philox, random, schedules
-from biofunc.bias_correction import FEW, bias_correction
+from biofunc.bias_correction import bias_correction
 from biofunc.noise import StepKeys
 from biofunc.reductions import finite_max, finite_mean, finite_min
 from biofunc.rejuvenate import _smallest
@@ -115,23 +115,16 @@ def test_bias_correction_is_precise_at_any_decay(decay, dtype):
     assert actual.dtype == dtype
     # The logarithm, the product and expm1 round once each, and the error of a large exponent shrinks with its exp
     torch.testing.assert_close(actual, torch.tensor(exact, dtype=dtype), rtol=4 * torch.finfo(dtype).eps, atol=0)
-    given = torch.tensor(decay, dtype=torch.float64)
-    if decay <= 0.999:  # 1 - decay^t in float64 has 1e-16 / (1 - decay) left
-        as_tensor = bias_correction(given, counts)
-        tolerance = max(1e-12, 2 * torch.finfo(dtype).eps)
-        torch.testing.assert_close(as_tensor, torch.tensor(exact, dtype=dtype), rtol=tolerance, atol=0)
-    # Where many synapses count: half an ulp each of the product with the logarithm, of that with the decay and of the
-    # difference, and an ulp each of the logarithm, of its rounding and of expm1
-    many = bias_correction(given, counts.repeat(FEW, 1))
-    assert many.dtype == dtype
-    expected = torch.tensor(exact, dtype=dtype).expand_as(many)
-    torch.testing.assert_close(many, expected, rtol=4 * torch.finfo(dtype).eps, atol=0)
+    # A tensor: half an ulp each of the product with the logarithm, of that with the decay and of the difference, and an
+    # ulp each of the logarithm, of its rounding and of expm1
+    as_tensor = bias_correction(torch.tensor(decay, dtype=torch.float64), counts)
+    torch.testing.assert_close(as_tensor, torch.tensor(exact, dtype=dtype), rtol=4 * torch.finfo(dtype).eps, atol=0)
 
 
 def test_compiled_bias_correction_is_precise_too():
     """Inductor takes expm1 for exp minus 1, which left two digits of 1 - 0.99999 in float32."""
     torch._dynamo.reset()
-    counts = torch.tensor([1.0, 2.0, 3.0, 10.0, 1000.0, 10_000.0]).repeat(FEW, 1)
+    counts = torch.tensor([1.0, 2.0, 3.0, 10.0, 1000.0, 10_000.0]).repeat(9, 1)  # long enough for vectors
     given = torch.tensor(0.99999)
     exact = [float(1 - Fraction(given.item()) ** t) for t in counts[0].int().tolist()]
     for decay in (given.item(), given):
@@ -142,9 +135,9 @@ def test_compiled_bias_correction_is_precise_too():
 
 @pytest.mark.parametrize("decay", [0.0, 1e-30, 1e-8, 1e-3, 0.1, 0.5, 0.9, 0.99, 0.999, 1 - 1e-5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_derivative_of_bias_correction_where_synapses_count_is_that_of_fractions(decay, dtype):
+def test_the_derivative_of_bias_correction_is_that_of_fractions(decay, dtype):
     given = torch.tensor(decay, dtype=dtype)
-    shape = (FEW // 64 + 1, 64)
+    shape = (4, 64)
     for t in (1, 2, 3, 10, 100, 1000, 10_000):
         slopes = torch.func.vjp(lambda d, t=t: bias_correction(d, torch.full(shape, t, dtype=dtype)), given)[1]
         one = torch.zeros(shape, dtype=dtype)

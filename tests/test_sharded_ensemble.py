@@ -347,6 +347,7 @@ def torchrun(ranks, *words):
     """A command line under torchrun, on one thread and, for speed, where no compiler is found."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": "", "PYTHONPATH": str(ROOT)}
+    environment["PYTHONFAULTHANDLER"] = "1"  # a rank that aborts says where
     return subprocess.Popen(
         [*command, "-m", "biofunc", *words],
         env=environment,
