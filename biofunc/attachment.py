@@ -12,7 +12,8 @@ import torch.utils._pytree as torch_pytree
 from torch import Tensor, nn, optim
 
 from biofunc import torch_memory, trees
-from biofunc.rule import Flat, Rule, check_signals, compute_dtype, given_to, on_leaves
+from biofunc.rule import Rule, compute_dtype
+from biofunc.running import Flat, check_signals, given_to, on_leaves
 from biofunc.sharding import aligned, local, placed
 from biofunc.state import BioState
 from biofunc.trees import Leaves

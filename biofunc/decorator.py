@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from biofunc.noise import Noise, init_keys
-from biofunc.rule import INJECTED, Flat, Interval, Phase, Rule, compute_dtype
+from biofunc.ranges import Interval
+from biofunc.rule import INJECTED, Phase, Rule, compute_dtype
+from biofunc.running import Flat
 from biofunc.sharding import is_sharded, placed
 from biofunc.state import BioState
 from biofunc.trees import Leaves, Tree
