@@ -37,6 +37,7 @@ class Noise:
 
         Raises:
             RuntimeError: the rule has drawn before.
+            KeyError: the rule does not act on one of the leaves.
         """
         if self._keys is None:
             raise RuntimeError("this rule has drawn before; a key is used once: ask for all kinds in one noise.draw(…)")
@@ -57,6 +58,8 @@ class Noise:
         Raises:
             RuntimeError: the rule has drawn before; a key is used once, so ask for all kinds in one call.
             ValueError: an unknown kind, or none.
+            KeyError: the rule does not act on one of the leaves.
+            TypeError: a leaf is a DTensor inside `grad` or `vmap` of torch.func.
         """
         for kind in kinds or ("",):
             if kind not in _KINDS:
