@@ -116,6 +116,49 @@ def on_leaves(
     return params, grads, state
 
 
+def on_present(
+    rules: "Sequence[Rule]", params: Leaves, grads: Leaves, state: BioState, signals: Mapping[str, Any]
+) -> Flat:
+    """Runs rules on the parameters that have a gradient; what the state keeps about all others stays as it was.
+
+    Args:
+        rules: in their order.
+        params: parameters by path.
+        grads: descent directions by path, of some of them.
+        state: made with these rules.
+        signals: hyperparameters and signals, checked.
+
+    Returns:
+        New params and grads of those that have a gradient, and the new state.
+    """
+    active = [path for path in params if path in grads]
+    synapses = {path: rate for path, rate in state.plasticity.items() if path in grads}
+    nothing = {path: p.new_zeros(()).expand(p.shape) for path, p in params.items() if path not in grads}
+    new_params, new_grads, new = on_leaves(
+        rules, params, {**grads, **nothing}, state.replace(plasticity=synapses), signals
+    )
+    new = _keep(new, state, set(nothing)) if nothing else new
+    return {path: new_params[path] for path in active}, {path: new_grads[path] for path in active}, new
+
+
+def _keep(new: BioState, old: BioState, paths: set[str]) -> BioState:
+    """The new state, in which all that is kept about some paths is as in the old one."""
+
+    def kept(fresh: Leaves, stale: Leaves) -> Leaves:
+        return {path: stale[path] if path in paths else fresh[path] for path in stale}
+
+    slots = {
+        name: {entry: kept(leaves, old.slots[name][entry]) for entry, leaves in slot.items()}
+        for name, slot in new.slots.items()
+    }
+    return new.replace(
+        plasticity=kept(new.plasticity, old.plasticity),
+        polarity=kept(new.polarity, old.polarity),
+        activity=kept(new.activity, old.activity),
+        slots=slots,
+    )
+
+
 def _check_inputs(params: dict[str, Any], grads: dict[str, Any], state: BioState) -> None:
     if not isinstance(state, BioState):
         raise TypeError(f"state is {type(state).__name__}; make a BioState with bf.init or chain.init")
