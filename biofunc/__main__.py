@@ -100,7 +100,9 @@ def _experiment(options: argparse.Namespace) -> int:
     import scipy  # noqa: F401
 
     from biofunc.compare import compiler_works
-    from biofunc.studies import report
+    from biofunc.studies.analysis import analyse
+    from biofunc.studies.pictures import pictures
+    from biofunc.studies.report import report
 
     if compiler_works("cpu"):
         random.accelerate()
@@ -129,11 +131,11 @@ def _experiment(options: argparse.Namespace) -> int:
                     )
                 results, seconds = experiment.run(study, jobs, folder, lambda doing, steps: None)
             meta = experiment.meta(seconds, _command(options))
-            summary = {"study": study, "results": results, "analysis": report.analyse(study, results), "meta": meta}
+            summary = {"study": study, "results": results, "analysis": analyse(study, results), "meta": meta}
             experiment.write(folder / "results.json", json.dumps(experiment.encode(summary), indent=1, allow_nan=False))
-            text = report.report(summary)
+            text = report(summary)
             experiment.write(folder / "report.md", text)
-            for name, picture in report.pictures(summary).items():
+            for name, picture in pictures(summary).items():
                 experiment.write(folder / name, picture)
     except KeyboardInterrupt:
         if rank() == 0:

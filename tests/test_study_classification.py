@@ -10,7 +10,7 @@ import torch
 
 import biofunc as bf
 from biofunc import datasets, experiment, studies
-from biofunc.studies import classification, report
+from biofunc.studies import analysis, classification
 
 SMALL = tomllib.loads((pathlib.Path(__file__).parent / "small_study.toml").read_text())
 
@@ -51,7 +51,7 @@ def test_every_arm_has_every_rate_in_every_condition(small):
     assert accuracies(results, "digits, adam, gradient phase", "fuzzy", "lr=0.01") == accuracies(
         results, "digits, adam, gradient phase", "plain", "lr=0.01"
     )
-    report.analyse({**small, "name": "small", "quick": False}, results)
+    analysis.analyse({**small, "name": "small", "quick": False}, results)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])
