@@ -54,7 +54,15 @@ EIGHT_BITS = 58.9  # dB, 10 log10(12 255^2): the rounding error of a picture of 
 
 
 def check(study: dict[str, Any]) -> None:
-    """Raises a ValueError of one line for whatever in the study cannot be run."""
+    """Refuses a study of which something cannot be run.
+
+    Args:
+        study: what the file holds.
+
+    Raises:
+        ValueError: of one line.
+        KeyError, TypeError: a setting is missing or of another type.
+    """
     for name in ("seeds", "steps", "iterations", "images", "rounds"):
         _check_number(name, study[name], minimum=1, whole=True)
     _check_number("smoothness", study["smoothness"], minimum=0)

@@ -184,4 +184,15 @@ def train_victims(study: dict[str, Any], task: Task, data: Data, advance: Advanc
 
 
 def loss(model: nn.Module, params: Leaves, x: Tensor, y: Tensor) -> Tensor:
+    """The loss of which victims share the gradient: the mean cross-entropy of a batch.
+
+    Args:
+        model: the network.
+        params: its parameters by name.
+        x: images `(batch, height, width)`.
+        y: labels `(batch,)`.
+
+    Returns:
+        0-d.
+    """
     return nn.functional.cross_entropy(functional_call(model, params, (x,)), y)
