@@ -78,7 +78,14 @@ def set_symlog(ax: Axes, which: str, straight: float) -> None:
 
 
 def numbers_of(values: Any) -> Any:
-    """As an array of float64."""
+    """As an array of float64.
+
+    Args:
+        values: a tensor on any device, or what numpy makes an array of.
+
+    Returns:
+        An array on the CPU.
+    """
     if isinstance(values, Tensor):
         return values.detach().to("cpu", torch.float64).numpy()
     return numpy.asarray(values, dtype=numpy.float64)

@@ -115,6 +115,15 @@ class StepKeys:
 
 
 def init_keys(state: BioState, name: str, paths: Sequence[str]) -> dict[str, Tensor]:
-    """Keys of a rule's init, by path."""
+    """Keys of a rule's init, by path.
+
+    Args:
+        state: whose key they are derived from.
+        name: of the rule.
+        paths: of its leaves.
+
+    Returns:
+        int64 `(2,)` keys by path.
+    """
     keys = fold_in_names(fold_in(fold_in(state.key, name), "init"), paths)
     return {path: keys[leaf] for leaf, path in enumerate(paths)}

@@ -227,7 +227,18 @@ class Rule:
 
 
 def as_rule(given: Any) -> Rule:
-    """The Rule behind a decorated function, a `functools.partial` of one, or a Rule."""
+    """The Rule behind a decorated function, a `functools.partial` of one, or a Rule.
+
+    Args:
+        given: what a caller takes for a rule.
+
+    Returns:
+        The Rule, keywords of a partial bound.
+
+    Raises:
+        TypeError: it is not a rule, or a partial binds positional arguments.
+        TypeError, ValueError: a keyword that a partial binds, as for `Rule.bind`.
+    """
     if isinstance(given, Rule):
         return given
     if isinstance(given, functools.partial):
