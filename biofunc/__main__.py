@@ -4,14 +4,11 @@ Started by torchrun, ranks share the work and rank 0 tells of it: `torchrun --np
 """
 
 import argparse
-import contextlib
-import datetime
 import json
 import math
-import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -19,15 +16,10 @@ import torch
 import torch.distributed as dist
 
 from biofunc import __version__
+from biofunc.torchrun import mesh_of_ranks, progress_bar, rank, tell
 
 if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-    from tqdm import tqdm
-
     from biofunc.compare import Config
-
-PATIENCE = datetime.timedelta(days=7)
-"""How long ranks wait for one that lives and works on; that one has died they hear at once, and torchrun ends them."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -56,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError) as error:
         parser.error(str(error).replace("\n", " "))
     except KeyboardInterrupt:
-        if _rank() == 0:
+        if rank() == 0:
             print("\nbiofunc: interrupted; nothing was written", file=sys.stderr)
         return 130
 
@@ -103,22 +95,24 @@ def _experiment(options: argparse.Namespace) -> int:
     quick = "-quick" if options.quick else ""
     folder = _writable(options.out or Path("runs") / f"{study['name']}{quick}")
     experiment.check_folder(study, folder)
-    _tell(f"loading study {study['name']} …")  # imports, data and compiler take a while
+    tell(f"loading study {study['name']} …")  # imports, data and compiler take a while
     import matplotlib  # noqa: F401  # what is missing is said now, not when the results are there
     import scipy  # noqa: F401
 
     from biofunc.compare import compiler_works
-    from biofunc.studies import report
+    from biofunc.studies.analysis import analyse
+    from biofunc.studies.pictures import pictures
+    from biofunc.studies.report import report
 
     if compiler_works("cpu"):
         random.accelerate()
     jobs = experiment.jobs_of(study)
     already = experiment.done_in(study, jobs, folder)
-    _tell(f"study {study['name']}: {len(jobs)} jobs, {already} done")
+    tell(f"study {study['name']}: {len(jobs)} jobs, {already} done")
     try:
-        with _ranks("cpu") as mesh:
-            own = jobs if mesh is None else jobs[_rank() :: mesh.size()]
-            with _progress_bar(sum([job.steps for job in own])) as bar:
+        with mesh_of_ranks("cpu") as mesh:
+            own = jobs if mesh is None else jobs[rank() :: mesh.size()]
+            with progress_bar(sum([job.steps for job in own])) as bar:
 
                 def advance(doing: str, steps: int) -> None:
                     bar.set_description(doing, refresh=steps == 0)
@@ -127,7 +121,7 @@ def _experiment(options: argparse.Namespace) -> int:
                 results, seconds = experiment.run(study, own, folder, advance, say=bar.write)
             if mesh is not None:
                 dist.barrier()
-                if _rank() > 0:
+                if rank() > 0:
                     return 0
                 kept = experiment.done_in(study, jobs, folder)
                 if kept < len(jobs):
@@ -137,14 +131,14 @@ def _experiment(options: argparse.Namespace) -> int:
                     )
                 results, seconds = experiment.run(study, jobs, folder, lambda doing, steps: None)
             meta = experiment.meta(seconds, _command(options))
-            summary = {"study": study, "results": results, "analysis": report.analyse(study, results), "meta": meta}
+            summary = {"study": study, "results": results, "analysis": analyse(study, results), "meta": meta}
             experiment.write(folder / "results.json", json.dumps(experiment.encode(summary), indent=1, allow_nan=False))
-            text = report.report(summary)
+            text = report(summary)
             experiment.write(folder / "report.md", text)
-            for name, picture in report.pictures(summary).items():
+            for name, picture in pictures(summary).items():
                 experiment.write(folder / name, picture)
     except KeyboardInterrupt:
-        if _rank() == 0:
+        if rank() == 0:
             kept = experiment.done_in(study, jobs, folder)
             done = f"{kept} of {len(jobs)} jobs are kept in '{folder}'"
             print(f"\nbiofunc: interrupted; {done}, and the same command goes on", file=sys.stderr)
@@ -174,16 +168,16 @@ def _compare(options: argparse.Namespace) -> int:
     default = f"{config.data}-{config.optimizer}-{config.seeds}x{config.steps}"
     folder = _writable(options.out or Path("runs") / default)
     groups = len({"weight_splitting" in compare.ARMS[arm] for arm in config.arms})
-    with _ranks(torch.device(config.device).type) as mesh:
+    with mesh_of_ranks(torch.device(config.device).type) as mesh:
         ranks = 1 if mesh is None else mesh.size()
-        with _progress_bar(groups * len(compare.chunks_of(config, mesh)) * config.steps) as bar:
+        with progress_bar(groups * len(compare.chunks_of(config, mesh)) * config.steps) as bar:
 
             def advance(doing: str, steps: int) -> None:
                 bar.set_description(doing, refresh=steps == 0)
                 bar.update(steps)
 
             comparison = compare.compare(config, data, advance, mesh)
-        if _rank() > 0:
+        if rank() > 0:
             return 0
         shared = f", shared by {ranks} ranks" if ranks > 1 else ""
         what = f"arms: {len(config.arms)}, seeds: {config.seeds}, steps: {config.steps}"
@@ -195,44 +189,6 @@ def _compare(options: argparse.Namespace) -> int:
         report.write(folder, summary, meta, comparison)
         print(f"\n{folder}/: results.json, curves.png, rates.png; {meta['seconds']:.0f} s in all")
     return 0
-
-
-def _tell(line: str) -> None:
-    """Says how far things are, once."""
-    if _rank() == 0:
-        print(line, file=sys.stderr, flush=True)
-
-
-def _rank() -> int:
-    """This process's rank under torchrun, else 0."""
-    return int(os.environ["RANK"]) if dist.is_available() and dist.is_torchelastic_launched() else 0
-
-
-@contextlib.contextmanager
-def _ranks(device: str) -> "Iterator[DeviceMesh | None]":
-    """The ranks among which torchrun shares the work; None without torchrun."""
-    if not (dist.is_available() and dist.is_torchelastic_launched()):
-        yield None
-        return
-    from torch.distributed.device_mesh import init_device_mesh
-
-    if device == "cuda":
-        local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local >= count:
-            raise ValueError(f"argument --device: {count} GPUs are here; give torchrun --nproc-per-node {count}")
-        torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
-    try:
-        yield init_device_mesh(device, (dist.get_world_size(),))
-        dist.barrier()  # a rank that closes its connections while another still reads from them aborts it
-    finally:
-        dist.destroy_process_group()
-
-
-def _progress_bar(total: int) -> "tqdm":
-    from tqdm import tqdm
-
-    return tqdm(total=total, unit="step", disable=_rank() > 0)
 
 
 def _config(options: argparse.Namespace) -> "Config":

@@ -11,9 +11,11 @@ import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor, nn, optim
 
-from biofunc import torch_memory, trees
-from biofunc.rule import Flat, Rule, check_signals, compute_dtype, given_to, on_leaves
-from biofunc.sharding import aligned, local, placed
+from biofunc import torch_memory
+from biofunc.attachment_state import restored
+from biofunc.rule import Rule, compute_dtype
+from biofunc.running import Flat, check_signals, given_to, on_present
+from biofunc.sharding import aligned, local
 from biofunc.state import BioState
 from biofunc.trees import Leaves
 
@@ -105,31 +107,7 @@ class Attachment:
         Raises:
             KeyError, TypeError, ValueError: it was made for other rules or another model; nothing is changed then.
         """
-        for name in ("state", "rules", "aged"):
-            if not isinstance(state_dict, Mapping) or name not in state_dict:
-                raise KeyError(f"state_dict has no '{name}'; give what Attachment.state_dict() returned")
-        given = state_dict["state"]
-        if not isinstance(given, BioState):
-            raise TypeError(f"state_dict['state'] is {type(given).__name__}, not a BioState")
-        if state_dict["rules"] != self._names():
-            raise ValueError(f"state_dict was made by the rules {state_dict['rules']}, attached are {self._names()}")
-        if given.layout != self.state.layout:
-            difference = sorted(set(given.layout) ^ set(self.state.layout)) or [given.layout[0]]
-            raise ValueError(f"state_dict was made for other parameters; they differ first at {difference[0]}")
-        old, new = trees.flatten(self.state)[0], trees.flatten(given)[0]
-        for path in sorted(old.keys() ^ new.keys()):
-            where = "state_dict lacks" if path in old else "what is attached does not keep"
-            raise KeyError(
-                f"{where} '{path}'; attach the rules with the options they had, to the same kind of optimizer"
-            )
-        for path, leaf in old.items():
-            if new[path].shape != leaf.shape:
-                shapes = f"{tuple(new[path].shape)}, here {tuple(leaf.shape)}"
-                raise ValueError(f"state_dict leaf '{path}' has shape {shapes}")
-        structure = trees.flatten(given)[1]
-        there = {path: placed(leaf.to(old[path].device, old[path].dtype), old[path]) for path, leaf in new.items()}
-        self.state = trees.unflatten(structure, there)
-        self._aged = set(state_dict["aged"])
+        self.state, self._aged = restored(state_dict, self.state, self._names())
 
     def detach(self) -> None:
         """Takes the rules off the optimizer, which goes on by itself; the parameters stay as they are."""
@@ -276,39 +254,11 @@ class Attachment:
 
     def _run(self, place: str, params: Leaves, grads: Leaves, state: BioState) -> Flat:
         """Runs the rules of one place on the parameters that have a gradient; all else comes back as it was."""
-        active = [path for path in params if path in grads]
-        synapses = {path: rate for path, rate in state.plasticity.items() if path in grads}
-        nothing = {path: p.new_zeros(()).expand(p.shape) for path, p in params.items() if path not in grads}
-        new_params, new_grads, new = on_leaves(
-            self.rules[place],
-            params,
-            {**grads, **nothing},
-            state.replace(plasticity=synapses),
-            self._signals,
-        )
-        new = _keep(new, state, set(nothing)) if nothing else new
+        new_params, new_grads, new = on_present(self.rules[place], params, grads, state, self._signals)
         # What lives on in parameters and in .grad is written into by others
         live = {_storage(leaf) for leaf in [*self._params.values(), *grads.values(), *new_grads.values()]}
         new = torch_pytree.tree_map(lambda leaf: leaf.clone() if leaf.numel() and _storage(leaf) in live else leaf, new)
-        return {path: new_params[path] for path in active}, {path: new_grads[path] for path in active}, new
-
-
-def _keep(new: BioState, old: BioState, paths: set[str]) -> BioState:
-    """The new state, in which all that is kept about some paths is as in the old one."""
-
-    def kept(fresh: Leaves, stale: Leaves) -> Leaves:
-        return {path: stale[path] if path in paths else fresh[path] for path in stale}
-
-    slots = {
-        name: {entry: kept(leaves, old.slots[name][entry]) for entry, leaves in slot.items()}
-        for name, slot in new.slots.items()
-    }
-    return new.replace(
-        plasticity=kept(new.plasticity, old.plasticity),
-        polarity=kept(new.polarity, old.polarity),
-        activity=kept(new.activity, old.activity),
-        slots=slots,
-    )
+        return new_params, new_grads, new
 
 
 def _storage(leaf: Tensor) -> int:

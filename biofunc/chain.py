@@ -8,7 +8,8 @@ from torch import Tensor
 
 from biofunc import philox, trees
 from biofunc.keys import check_key
-from biofunc.rule import Rule, as_rule, compute_dtype, on_trees
+from biofunc.rule import Rule, as_rule, compute_dtype
+from biofunc.running import on_trees
 from biofunc.selection import Selection, is_synapse, select_paths, warn_of_stack
 from biofunc.state import BioState
 from biofunc.trees import Leaves, Tree, zero_of

@@ -153,12 +153,28 @@ def compiler_works(device: str) -> bool:
 
 
 def make_model(features: int) -> nn.Module:
-    """The network of the comparison: features - 128 - 10, ReLU."""
+    """The network of the comparison: features - 128 - 10, ReLU.
+
+    Args:
+        features: number of inputs.
+
+    Returns:
+        A module with PyTorch's initial weights.
+    """
     return nn.Sequential(nn.Linear(features, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, CLASSES))
 
 
 def make_chain(optimizer: str, lr: float, nu: float | Tensor = 0.16) -> bf.Chain:
-    """The chain of every arm; an arm's hyperparameters are handed to it at each step."""
+    """The chain of every arm; an arm's hyperparameters are handed to it at each step.
+
+    Args:
+        optimizer: "sgd" or "adam".
+        lr: learning rate.
+        nu: spread of the innate rates, which acts at init.
+
+    Returns:
+        The chain.
+    """
     return bf.chain(
         bf.crystallize,
         *([bf.adam()] if optimizer == "adam" else []),

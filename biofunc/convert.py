@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 import functools
 import glob
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,28 +13,18 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
-from biofunc import distributions
-from biofunc.activity_rates import activity_dependent_rates
-from biofunc.chain import Chain, chain, init
+from biofunc.chain import Chain, init
 from biofunc.config import BioConfig, check_settings
-from biofunc.crystallize import crystallize
-from biofunc.dale import enforce_dales_principle, impose_dales_principle, presynaptic_axes
-from biofunc.descend import descend
-from biofunc.every import every
-from biofunc.fuzzy import fuzzy_learning_rates
+from biofunc.config_chain import called_layers, chain_of, dale_axes
+from biofunc.dale import impose_dales_principle
 from biofunc.keys import key as make_key
-from biofunc.lognormal import rejuvenate_weights_lognormal
-from biofunc.rejuvenate import rejuvenate_weights
-from biofunc.rule import Hyperparameter, as_rule
-from biofunc.selection import ByPath, Selection, layers, select_paths
+from biofunc.rule import Hyperparameter
+from biofunc.selection import Selection, layers, select_paths
 from biofunc.sgd import sgd
 from biofunc.sharding import check_module
 from biofunc.splitting import SPLITTABLE, skipped, split_synapses
 from biofunc.state import BioState
-from biofunc.temporal import temporal_learning_rates
 from biofunc.trees import Leaves, zero_of
-from biofunc.volume import volume_dependent_lr
-from biofunc.where import where as only_where
 from biofunc.wrappers import unwrapped
 
 __all__ = ["Converted", "convert"]
@@ -186,7 +176,7 @@ def convert(
     params = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
     paths = _selected(where, params, module)
     module = _split(module, config, set(paths))
-    learn = _learn(module, config, paths, lr, sgd() if optimizer is None else optimizer)
+    learn = chain_of(module, config, paths, lr, sgd() if optimizer is None else optimizer)
     buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
     params, state = _start(module, config, learn, where, params, make_key(0) if key is None else key)
     return Converted(module, params, buffers, state, learn, config, where)
@@ -237,7 +227,7 @@ def _split(model: nn.Module, config: BioConfig, paths: set[str]) -> nn.Module:
     gamma = config.weight_splitting_Gamma
     if gamma <= 1:
         return model
-    called = list(_called(model, paths))
+    called = list(called_layers(model, paths))
     spared = skipped(called, config.weight_splitting_skip)
     split = [name for name in called if name not in spared]
     if not split:
@@ -250,85 +240,12 @@ def _split(model: nn.Module, config: BioConfig, paths: set[str]) -> nn.Module:
     return split_synapses(model, gamma, activation=activation, skip=[glob.escape(name) for name in others])
 
 
-def _called(model: nn.Module, paths: Collection[str]) -> dict[str, str]:
-    """Linear and Conv layers with synapses, by name, and their weights' paths.
-
-    Left out are those that their owner never calls: MultiheadAttention multiplies by its projection's weight itself.
-    """
-    names = {id(p): path for path, p in model.named_parameters()}
-    uncalled = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
-    return {
-        name: names[id(m.weight)]
-        for name, m in model.named_modules()
-        if isinstance(m, SPLITTABLE) and id(m) not in uncalled and names.get(id(m.weight)) in paths
-    }
-
-
-def _learn(model: nn.Module, config: BioConfig, paths: list[str], lr: Hyperparameter, optimizer: Any) -> Chain:
-    used, bind = config.mechanisms, functools.partial
-    rules: list[Any] = []
-    if "crystallize" in used:
-        thresh, damping = config.crystal_thresh, config.dampening_factor
-        rules.append(bind(crystallize, crystal_thresh=thresh, dampening_factor=damping))
-    rules.append(_optimizer(optimizer))
-    if "volume_dependent_lr" in used:
-        names = ("base_lr", "stability_factor", "lr_variability")
-        rules.append(bind(volume_dependent_lr, **{name: getattr(config, name) for name in names}))
-    if "fuzzy_learning_rates" in used:
-        rules += _fuzzy(model, config, paths)
-    elif "crystallize" in used:
-        rules.append(bind(fuzzy_learning_rates, nu=0))
-    rules.append(descend(lr))
-    for rejuvenate in (rejuvenate_weights, rejuvenate_weights_lognormal):
-        if rejuvenate.__name__ in used:
-            bound = bind(rejuvenate, dre=config.rejuvenation_parameter_dre)
-            rules.append(every(config.rejuvenation_period, bound))
-    if config.apply_dales_principle:
-        rules.append(bind(enforce_dales_principle, axis=_axes(model)))
-    return chain(*rules)
-
-
-def _optimizer(given: Any) -> Any:
-    made = as_rule(given) if not isinstance(given, str) else None
-    if made is None or made.phase != "optimizer":
-        raise TypeError(f"optimizer is {given!r}; give an optimizer rule, optimizer=bf.adam()")
-    return made
-
-
-_ACTIVITY_PERIOD = 10
-"""The original draws the rates anew with a probability of 0.1 at each step."""
-
-
-def _fuzzy(model: nn.Module, config: BioConfig, paths: list[str]) -> list[Any]:
-    """The rule that applies the rates, behind the one that lets them change, if any."""
-    nu = config.fuzzy_learning_rate_factor_nu
-    bounds = {"rate_min": config.fuzzy_lr_min, "rate_max": config.fuzzy_lr_max}
-    bind, distribution = functools.partial, config.fuzzy_lr_distribution
-    if distribution == "temporal":
-        drift = bind(temporal_learning_rates, nu=nu, decay=config.fuzzy_lr_decay, **bounds)
-        return [every(config.fuzzy_lr_update_freq, drift), bind(fuzzy_learning_rates, nu=0)]
-    if distribution == "activity":
-        recorded = ByPath(frozenset(_called(model, paths).values()))
-        redraw = every(_ACTIVITY_PERIOD, bind(activity_dependent_rates, nu=nu, **bounds))
-        return [only_where(recorded, redraw), bind(fuzzy_learning_rates, nu=0)]
-    if distribution == "layer_adaptive":
-        distribution = distributions.layer_adaptive(paths)
-    return [bind(fuzzy_learning_rates, nu=nu, distribution=distribution, **bounds)]
-
-
 def _start(
     model: nn.Module, config: BioConfig, learn: Chain, where: Selection, params: Leaves, key: Tensor
 ) -> tuple[Leaves, BioState]:
     if not config.apply_dales_principle:
         return params, learn.init(params, key, where=where)
-    impose = functools.partial(impose_dales_principle, axis=_axes(model))
+    impose = functools.partial(impose_dales_principle, axis=dale_axes(model))
     state = init(params, key, impose, *learn.rules, where=where)
     params, _, state = impose_dales_principle(params, params, state)
     return params, state
-
-
-def _axes(model: nn.Module) -> Any:
-    try:
-        return presynaptic_axes(model)
-    except ValueError:  # no layer of torch: the synapses are those that `where` names, laid out as in Linear
-        return "presynaptic"

@@ -95,7 +95,17 @@ def _settle_polarity(
 
 
 def check_axis(name: str, axis: Any, paths: Sequence[str]) -> None:
-    """Raises an error if `axis` is none, or a dict that names no leaf at all."""
+    """Refuses what is no `axis`, or a dict that names no leaf at all.
+
+    Args:
+        name: of the rule, for the message.
+        axis: what the rule was given.
+        paths: of the leaves that the rule acts on.
+
+    Raises:
+        ValueError: `axis` is none.
+        KeyError: it names no leaf.
+    """
     if not isinstance(axis, Mapping) and axis not in ("presynaptic", "postsynaptic"):
         raise ValueError(
             f"{name}: axis is {axis!r}; it must be 'presynaptic', 'postsynaptic', or a dict path -> (axis, groups), "

@@ -32,7 +32,15 @@ def descend(lr: Hyperparameter) -> Rule:
 
 
 def refuse_lr(name: str, lr: Any) -> None:
-    """Raises a TypeError if an optimizer is given the learning rate."""
+    """Refuses the learning rate, which belongs to `descend`, where an optimizer is given it.
+
+    Args:
+        name: of the optimizer, for the message.
+        lr: what was given; None if nothing was.
+
+    Raises:
+        TypeError: it was given.
+    """
     if lr is not None:
         raise TypeError(
             f"{name} takes no lr, given as {lr!r}: it makes a direction, and the rate belongs to the rule that moves "

@@ -211,7 +211,17 @@ def check_alike(flat: Sequence[tuple[Leaves, Any]], word: str) -> None:
 
 
 def count_members(flat: Leaves) -> int:
-    """The common length of the leading axes."""
+    """The common length of the leading axes.
+
+    Args:
+        flat: leaves by path.
+
+    Returns:
+        The number of members; 0 if there is no leaf.
+
+    Raises:
+        ValueError: a leaf has no leading axis, or one of another length.
+    """
     sizes = {path: leaf.shape[0] if isinstance(leaf, Tensor) and leaf.dim() else None for path, leaf in flat.items()}
     first = next(iter(sizes.values()), 0)
     for path, size in sizes.items():
@@ -230,7 +240,16 @@ def _whole(seed: Any) -> int:
 
 
 def check_whole(name: str, value: int) -> None:
-    """Raises an error unless the value is a number of members."""
+    """Refuses what is no number of members.
+
+    Args:
+        name: of the argument, for the message.
+        value: what was given.
+
+    Raises:
+        TypeError: it is no integer.
+        ValueError: it is below 1.
+    """
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} is {value!r}; give a number of members, an integer of at least 1")
     if value < 1:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from biofunc.rule import Flat, Rule, as_rule
+from biofunc.rule import Rule, as_rule
+from biofunc.running import Flat
 from biofunc.state import DATA, BioState
 from biofunc.trees import Leaves
 

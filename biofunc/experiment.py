@@ -145,13 +145,30 @@ def check_folder(study: Mapping[str, Any], folder: Path) -> None:
 
 
 def done_in(study: Mapping[str, Any], jobs: Sequence[Job], folder: Path) -> int:
-    """How many jobs of a study are done in a folder."""
+    """How many jobs of a study are done in a folder.
+
+    Args:
+        study: from `load`.
+        jobs: of the study, from `jobs_of`.
+        folder: where results are kept.
+
+    Returns:
+        The number of jobs whose results this study made.
+    """
     mark = fingerprint(study)
     return sum([_kept(folder / f"{job.name}.json", mark, None) is not None for job in jobs])
 
 
 def meta(seconds: float, command: str) -> dict[str, Any]:
-    """What may differ from run to run: time, machine, versions."""
+    """What may differ from run to run: time, machine, versions.
+
+    Args:
+        seconds: that all jobs took.
+        command: that runs the study again.
+
+    Returns:
+        The entry "meta" of results.json.
+    """
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,

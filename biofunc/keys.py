@@ -135,7 +135,14 @@ def _words_of(names: tuple[str, ...], device: torch.device) -> Tensor:
 
 
 def check_key(key: Tensor) -> None:
-    """Raises a TypeError unless the argument is a key or a batch of keys."""
+    """Refuses what is neither a key nor a batch of keys.
+
+    Args:
+        key: what was given.
+
+    Raises:
+        TypeError: it is no int64 tensor `(..., 2)`.
+    """
     if not isinstance(key, Tensor) or key.dtype != torch.int64 or key.dim() < 1 or key.shape[-1] != 2:
         shown = f"{key.dtype} {tuple(key.shape)}" if isinstance(key, Tensor) else repr(key)
         raise TypeError(f"key is {shown}; a key is int64 of shape (..., 2), made by biofunc.random.key(seed)")

@@ -25,7 +25,16 @@ def check_floating(name: str, flat: Mapping[str, Any]) -> None:
 
 
 def check_not_negative(name: str, value: float | Tensor) -> None:
-    """Raises an error unless the value is a tensor or a number that is not below 0."""
+    """Refuses a number below 0; a tensor passes.
+
+    Args:
+        name: of the argument, for the message.
+        value: what was given.
+
+    Raises:
+        TypeError: it is neither a tensor nor a number.
+        ValueError: it is below 0.
+    """
     if isinstance(value, Tensor):
         return
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -35,7 +44,19 @@ def check_not_negative(name: str, value: float | Tensor) -> None:
 
 
 def selected(flat: Leaves, where: Selection | BioState) -> list[str]:
-    """Paths of the leaves that are measured."""
+    """Paths of the leaves that are measured.
+
+    Args:
+        flat: leaves by path.
+        where: a selection, or a state whose synapses are meant; None: leaves of two axes or more, all if there is none.
+
+    Returns:
+        Paths, in the order of the tree.
+
+    Raises:
+        KeyError: a state has a synapse that the tree lacks.
+        KeyError, TypeError, ValueError: a selection does not fit the leaves.
+    """
     if isinstance(where, BioState):
         missing = [path for path in where.plasticity if path not in flat]
         if missing:
@@ -58,7 +79,19 @@ def joined(leaves: Sequence[Tensor]) -> Tensor:
 
 
 def all_weights(params: Tree, where: Selection | BioState) -> Tensor:
-    """All selected weights in a row, 0 where one is not finite."""
+    """All selected weights in a row, 0 where one is not finite.
+
+    Args:
+        params: tree of parameters.
+        where: as for `selected`.
+
+    Returns:
+        One axis, half precision as float32.
+
+    Raises:
+        TypeError: a leaf is no floating-point tensor.
+        KeyError, TypeError, ValueError: as for `selected`.
+    """
     flat, _ = trees.flatten(params)
     check_floating("params", flat)
     w = joined([computed(flat[path]) for path in selected(flat, where)])

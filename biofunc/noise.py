@@ -37,6 +37,7 @@ class Noise:
 
         Raises:
             RuntimeError: the rule has drawn before.
+            KeyError: the rule does not act on one of the leaves.
         """
         if self._keys is None:
             raise RuntimeError("this rule has drawn before; a key is used once: ask for all kinds in one noise.draw(…)")
@@ -57,6 +58,8 @@ class Noise:
         Raises:
             RuntimeError: the rule has drawn before; a key is used once, so ask for all kinds in one call.
             ValueError: an unknown kind, or none.
+            KeyError: the rule does not act on one of the leaves.
+            TypeError: a leaf is a DTensor inside `grad` or `vmap` of torch.func.
         """
         for kind in kinds or ("",):
             if kind not in _KINDS:
@@ -112,6 +115,15 @@ class StepKeys:
 
 
 def init_keys(state: BioState, name: str, paths: Sequence[str]) -> dict[str, Tensor]:
-    """Keys of a rule's init, by path."""
+    """Keys of a rule's init, by path.
+
+    Args:
+        state: whose key they are derived from.
+        name: of the rule.
+        paths: of its leaves.
+
+    Returns:
+        int64 `(2,)` keys by path.
+    """
     keys = fold_in_names(fold_in(fold_in(state.key, name), "init"), paths)
     return {path: keys[leaf] for leaf, path in enumerate(paths)}

@@ -46,7 +46,16 @@ class Part:
 
 
 def draws(key: Tensor, part: Part, kind: str) -> Tensor:
-    """What `philox.draws(key, …, kind)` has at a part, flat."""
+    """What `philox.draws(key, …, kind)` has at a part, flat.
+
+    Args:
+        key: int64 `(2,)`.
+        part: which elements of the stream.
+        kind: of numbers, a key of `philox.CONVERSIONS`.
+
+    Returns:
+        float32 `(elements,)`.
+    """
     if part.starts is None:
         block, lane, count = part.blocks()
         return philox.ragged_draws([key], [block], [count], kind)[0][lane:]
@@ -57,7 +66,15 @@ def draws(key: Tensor, part: Part, kind: str) -> Tensor:
 
 
 def words(key: Tensor, part: Part) -> Tensor:
-    """What `philox.words(key, …)` has at a part, flat."""
+    """What `philox.words(key, …)` has at a part, flat.
+
+    Args:
+        key: int64 `(2,)`.
+        part: which elements of the stream.
+
+    Returns:
+        int64 `(elements,)`, each below 2^32.
+    """
     if part.starts is None:
         block, lane, count = part.blocks()
         offset = philox.advanced(key[1], torch.full_like(key[1], block))

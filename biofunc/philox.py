@@ -174,6 +174,7 @@ def rows(seed: Tensor, offset: Tensor, width: int, kind: str) -> Tensor:
 
 
 def through_operator(tensor: Tensor) -> bool:
+    """Whether draws on a tensor's device go through the compiled operators of `accelerate`."""
     return ACCELERATED and tensor.device.type == "cpu"
 
 

@@ -13,20 +13,13 @@ import torch
 from torch import Tensor
 
 from biofunc import measure
+from biofunc.axes import Axes, axes_of, check_symlog, numbers_of, numpy, set_symlog
+from biofunc.forest import forest
 from biofunc.measure_plasticity import RATE_EDGES
 from biofunc.measured import all_weights
 from biofunc.selection import Selection
 from biofunc.state import BioState
 from biofunc.trees import Tree
-
-try:
-    import numpy
-    from matplotlib.axes import Axes
-except ModuleNotFoundError:
-    raise ModuleNotFoundError(
-        "biofunc.plot needs matplotlib, which is not installed: pip install '.[plot]' in the checkout",
-        name="matplotlib",
-    ) from None
 
 __all__ = ["COLOURS", "forest", "learning_curves", "rate_spectrum", "size_distribution", "survival_curve"]
 
@@ -35,7 +28,6 @@ COLOURS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D
 apart, without the yellow, too light for lines."""
 
 MARKERS = ("o", "s", "^", "D", "v", "X", "P")
-VERDICTS = {"better": ("#009E73", "^"), "undecided": ("#666666", "o"), "worse": ("#D55E00", "v")}
 
 Curves = Mapping[str, Any]
 """By name, a tensor or array `(members, time)`, or `(time,)` of a single run."""
@@ -72,11 +64,11 @@ def learning_curves(
     named = {"": curves} if isinstance(curves, Tensor | numpy.ndarray) else curves
     if baseline is not None and baseline not in named:
         raise ValueError(f"baseline is '{baseline}'; the curves are {', '.join(named) or 'none'}")
-    _check_symlog(symlog)
+    check_symlog(symlog)
     ax = _draw_curves(named, steps, baseline, ax)
     ax.set_xlabel("step")
     if symlog is not None:
-        _symlog(ax, "y", symlog)
+        set_symlog(ax, "y", symlog)
     return ax
 
 
@@ -100,7 +92,7 @@ def survival_curve(
         ValueError, TypeError: as for `learning_curves`.
     """
     named = curves if isinstance(curves, Mapping) else {"": curves}
-    percent = {name: 100 * _numbers(values) for name, values in named.items()}
+    percent = {name: 100 * numbers_of(values) for name, values in named.items()}
     ax = _draw_curves(percent, times, None, ax)
     ax.set(xlabel="time", ylabel="surviving synapses (%)")
     if ax.get_yscale() == "linear":  # a logarithmic axis, on which exponentials are straight, has no 0
@@ -139,10 +131,10 @@ def rate_spectrum(
         raise ValueError(f"edges start at {edges[0]}; the axis is logarithmic, so they start above 0")
     spectrum = partial(measure.rate_spectrum, edges=edges, where=where)
     stacked = isinstance(rates, BioState) and rates.key.dim() > 1
-    shares = _numbers(torch.vmap(spectrum)(rates).mean(0) if stacked else spectrum(rates))
+    shares = numbers_of(torch.vmap(spectrum)(rates).mean(0) if stacked else spectrum(rates))
     if numpy.isnan(shares).any():
         raise ValueError("rates hold no synapse; there is nothing to draw")
-    ax = _axes(ax)
+    ax = axes_of(ax)
     ax.bar(edges[:-1], 100 * shares, numpy.diff(edges), align="edge", color=colour)
     ax.axvline(1, color=COLOURS[0], linewidth=1, linestyle=":")
     ax.set(
@@ -183,7 +175,7 @@ def size_distribution(
         ValueError: all weights are 0, or there is none.
         TypeError, KeyError: as for `measure.sign_balance`.
     """
-    sizes = _numbers(all_weights(params, where).abs())
+    sizes = numbers_of(all_weights(params, where).abs())
     sizes = sizes[sizes > 0]
     if not len(sizes):
         raise ValueError("params hold no weight other than 0; there is no size to draw")
@@ -192,7 +184,7 @@ def size_distribution(
     half = max(4 * sd, 0.5)
     low, high = min(logs.min(), mean - half), max(logs.max(), mean + half)
     counts, edges = numpy.histogram(logs, bins, (low, high))
-    ax = _axes(ax)
+    ax = axes_of(ax)
     ax.bar(
         numpy.exp(edges[:-1]),
         counts / len(logs) / numpy.diff(edges),
@@ -212,105 +204,20 @@ def size_distribution(
     return ax
 
 
-def forest(
-    intervals: Mapping[str, tuple[float, float, float]],
-    *,
-    higher_is_better: bool = True,
-    symlog: float | None = None,
-    ax: Axes | None = None,
-) -> Axes:
-    """Draws paired differences with their confidence intervals, a row per arm, the first on top.
-
-    A verdict shows in colour and marker: an interval above 0 is a green triangle that points up, one below 0 an orange
-    triangle that points down, and one that holds 0 a grey open circle.
-
-    Args:
-        intervals: by arm, (difference, low, high); low and high NaN where there is no interval.
-        higher_is_better: whether differences above 0 are gains; False for a loss.
-        symlog: half-width around 0 within which the axis is straight; logarithmic beyond. Default: straight.
-        ax: axes to draw on; default: new ones.
-
-    Returns:
-        The axes.
-
-    Raises:
-        ValueError: no arms, an interval that is not three numbers in order, or a `symlog` that is not positive.
-        TypeError: `ax` is no axes.
-    """
-    if not intervals:
-        raise ValueError("intervals is empty; give at least one arm")
-    _check_symlog(symlog)
-    rows = {name: _verdict(name, interval, higher_is_better) for name, interval in intervals.items()}
-    ax = _axes(ax)
-    ax.axvline(0, color=COLOURS[0], linewidth=1)
-    for verdict, (colour, marker) in VERDICTS.items():
-        places = [place for place, name in enumerate(rows) if rows[name] == verdict]
-        if not places:
-            continue
-        values = numpy.array([list(intervals.values())[place] for place in places], dtype=float)
-        ax.errorbar(
-            values[:, 0],
-            places,
-            xerr=numpy.nan_to_num(numpy.stack([values[:, 0] - values[:, 1], values[:, 2] - values[:, 0]])),
-            fmt=marker,
-            color=colour,
-            markerfacecolor="white" if verdict == "undecided" else colour,
-            markersize=6,
-            linewidth=1.5,
-            capsize=3,
-            label=verdict,
-        )
-    digits = _digits(intervals)
-    for place, (difference, low, high) in enumerate(intervals.values()):
-        text = f"{difference:+.{digits}f}"
-        if not math.isnan(low):
-            text += f" [{low:+.{digits}f}, {high:+.{digits}f}]"
-        text = text.replace("-", "−")  # as on the axis
-        ax.annotate(text, (1.02, place), xycoords=("axes fraction", "data"), va="center", fontsize="small")
-    ax.set_yticks(range(len(intervals)), [name.replace("_", " ") for name in intervals])
-    ax.set(ylim=(len(intervals) - 0.5, -0.5), xlabel="paired difference [95 % CI]")
-    ax.tick_params(axis="y", length=0)
-    ax.spines["left"].set_visible(False)
-    ax.legend(frameon=False, fontsize="small", loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)
-    if symlog is not None:
-        _symlog(ax, "x", symlog)
-    return ax
-
-
-def _digits(intervals: Mapping[str, tuple[float, float, float]]) -> int:
-    """Decimals that leave three digits to the widest bound, two at the least: accuracies may lie in [0, 1]."""
-    bounds = [abs(bound) for interval in intervals.values() for bound in interval if math.isfinite(bound)]
-    largest = max(bounds, default=1.0)
-    return 2 if largest >= 1 or largest == 0 else min(6, 2 - math.floor(math.log10(largest)))
-
-
-def _verdict(name: str, interval: Sequence[float], higher_is_better: bool) -> str:
-    if len(interval) != 3 or interval[1] > interval[0] or interval[0] > interval[2]:
-        raise ValueError(
-            f"intervals['{name}'] is {interval}; give (difference, low, high) in low <= difference <= high"
-        )
-    _, low, high = interval
-    if low > 0:
-        return "better" if higher_is_better else "worse"
-    if high < 0:
-        return "worse" if higher_is_better else "better"
-    return "undecided"
-
-
 def _draw_curves(curves: Curves, steps: Any, baseline: str | None, ax: Axes | None) -> Axes:
     if not isinstance(curves, Mapping):
         raise TypeError(f"curves is {type(curves).__name__}; give a dict of curves by name")
-    runs = {name: numpy.atleast_2d(_numbers(values)) for name, values in curves.items()}
+    runs = {name: numpy.atleast_2d(numbers_of(values)) for name, values in curves.items()}
     if not runs:
         raise ValueError("curves is empty; give at least one")
     times = next(iter(runs.values())).shape[-1]
-    x = numpy.arange(times) if steps is None else _numbers(steps)
+    x = numpy.arange(times) if steps is None else numbers_of(steps)
     for name, values in runs.items():
         if values.ndim != 2 or values.shape[1] != len(x) or values.size == 0:
             raise ValueError(
                 f"curves['{name}'] has shape {values.shape}; give (members, time), with {len(x)} times as all others"
             )
-    ax = _axes(ax)
+    ax = axes_of(ax)
     others = [name for name in runs if name != baseline]
     for name, values in runs.items():
         mean, members = values.mean(0), len(values)
@@ -331,43 +238,3 @@ def _draw_curves(curves: Curves, steps: Any, baseline: str | None, ax: Axes | No
     if any(runs):
         ax.legend(frameon=False, fontsize="small")
     return ax
-
-
-def _axes(ax: Axes | None) -> Axes:
-    if ax is None:
-        from matplotlib import pyplot
-
-        ax = pyplot.subplots(layout="constrained")[1]
-    if not isinstance(ax, Axes):
-        raise TypeError(f"ax is {type(ax).__name__}; give axes of matplotlib, pyplot.subplots()[1]")
-    ax.spines[["top", "right"]].set_visible(False)
-    return ax
-
-
-def _check_symlog(straight: float | None) -> None:
-    if straight is not None and not straight > 0:
-        raise ValueError(f"symlog is {straight}; it must be positive")
-
-
-def _symlog(ax: Axes, which: str, straight: float) -> None:
-    """Straight within ±straight, logarithmic beyond, with ticks that read as plain numbers."""
-    low, high = ax.get_xlim() if which == "x" else ax.get_ylim()
-    decades = math.ceil(math.log10(max(abs(low), abs(high), straight) / straight)) + 1
-    digits = (1, 2, 5) if which == "y" and decades <= 3 else (1,)  # numbers side by side need more room
-    sizes = [0.5 * straight, *[digit * straight * 10**decade for decade in range(decades) for digit in digits]]
-    ticks = [tick for tick in (*[-size for size in sizes[::-1]], 0, *sizes) if low <= tick <= high]
-    if which == "x":
-        ax.set_xscale("symlog", linthresh=straight)
-    else:
-        ax.set_yscale("symlog", linthresh=straight)
-    axis = ax.xaxis if which == "x" else ax.yaxis
-    axis.set_ticks(ticks)
-    axis.set_ticks([], minor=True)
-    axis.set_major_formatter("{x:g}")
-
-
-def _numbers(values: Any) -> Any:
-    """As an array of float64."""
-    if isinstance(values, Tensor):
-        return values.detach().to("cpu", torch.float64).numpy()
-    return numpy.asarray(values, dtype=numpy.float64)

@@ -51,7 +51,15 @@ def summarise(comparison: Comparison) -> dict[str, Any]:
 
 
 def meta(comparison: Comparison, seconds: float) -> dict[str, Any]:
-    """What may differ from run to run: time, machine, versions."""
+    """What may differ from run to run: time, machine, versions.
+
+    Args:
+        comparison: from `compare`.
+        seconds: that it took in all.
+
+    Returns:
+        The entry "meta" of results.json.
+    """
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": seconds,
@@ -64,7 +72,15 @@ def meta(comparison: Comparison, seconds: float) -> dict[str, Any]:
 
 
 def table(summary: Mapping[str, Any], seconds: Mapping[str, float]) -> str:
-    """The results as a Markdown table; differences in percentage points."""
+    """The results as a Markdown table; differences in percentage points.
+
+    Args:
+        summary: from `summarise`.
+        seconds: by arm.
+
+    Returns:
+        The lines of the table.
+    """
     header = ("arm", "test accuracy", "difference to plain [95 % CI]", "steps to 90 %", "seconds")
     rows = [header]
     for name, arm in summary["arms"].items():

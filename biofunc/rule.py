@@ -8,18 +8,16 @@ that a chain needs to order it, to key its noise and to make its state. The deco
 import dataclasses
 import difflib
 import functools
-import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from biofunc import trees
 from biofunc.keys import fold_in
-from biofunc.noise import StepKeys
+from biofunc.ranges import Interval, check_choice, check_number
+from biofunc.running import Flat, on_trees
 from biofunc.selection import Selection, select_paths
-from biofunc.sharding import aligned, is_sharded
 from biofunc.state import BioState
 from biofunc.trees import Leaves, Tree
 
@@ -30,35 +28,9 @@ Hyperparameter: TypeAlias = Any
 a rule's body sees: the number or the tensor."""
 
 Phase = Literal["gradient", "direction", "optimizer", "descend", "weights"]
-Flat = tuple[Leaves, Leaves, BioState]
 
 INJECTED = ("noise", "name", "redraws")
 """Keywords that biofunc fills in; callers never give them."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Interval:
-    """A range of numbers; optional: None is allowed too and stands for "not used"."""
-
-    text: str
-    low: float
-    high: float
-    optional: bool = False
-
-    @classmethod
-    def parse(cls, text: str, *, optional: bool = False) -> "Interval":
-        """From interval notation, "[0, 1)"."""
-        try:
-            low, high = [float(bound) for bound in text[1:-1].split(",")]
-        except ValueError:
-            low, high = 0.0, 0.0
-        if text[:1] not in ("[", "(") or text[-1:] not in ("]", ")") or not low < high:
-            raise ValueError(f"range '{text}' is not in interval notation; write '[0, 1)'")
-        return cls(text, low, high, optional)
-
-    def __contains__(self, value: float) -> bool:
-        above = value >= self.low if self.text[0] == "[" else value > self.low
-        return above and (value <= self.high if self.text[-1] == "]" else value < self.high)
 
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
@@ -244,30 +216,10 @@ class Rule:
             TypeError: it is none of what the keyword takes.
             ValueError: it is out of range, no choice, or a tensor that is not 0-d.
         """
-        # Of one type: 1 == True, and a tensor has no single truth
-        if name in self.choices and not any(
-            [isinstance(value, type(choice)) and value == choice for choice in self.choices[name]]
-        ):
-            shown = " or ".join(map(repr, self.choices[name]))
-            raise ValueError(f"{self.name}: {name} is {value!r}; it must be {shown}")
-        if name not in self.ranges or (value is None and self.ranges[name].optional):
-            return
-        if isinstance(value, Tensor):
-            if value.dim():
-                raise ValueError(
-                    f"{self.name}: {name} has shape {tuple(value.shape)}; it must be a number or a 0-d tensor: "
-                    "torch.vmap tries several values"
-                )
-            if value.is_complex() or value.dtype == torch.bool:
-                raise TypeError(f"{self.name}: {name} is a tensor of dtype {value.dtype}; it must be real")
-        elif callable(value):
-            if name in self.at_init:
-                raise TypeError(f"{self.name}: {name} acts at init and takes no schedule; give a number or a tensor")
-        elif isinstance(value, bool) or not isinstance(value, numbers.Real):
-            expected = "a number or a 0-d tensor" + ("" if name in self.at_init else ", or a schedule")
-            raise TypeError(f"{self.name}: {name} is {value!r}; it must be {expected}")
-        elif float(value) not in self.ranges[name]:
-            raise ValueError(f"{self.name}: {name} is {value}; it must lie in {self.ranges[name].text}")
+        if name in self.choices:
+            check_choice(self.name, name, value, self.choices[name])
+        if name in self.ranges:
+            check_number(self.name, name, value, self.ranges[name], at_init=name in self.at_init)
 
     def __repr__(self) -> str:
         bound = ", ".join([f"{name}={value!r}" for name, value in self.bound.items()])
@@ -275,7 +227,18 @@ class Rule:
 
 
 def as_rule(given: Any) -> Rule:
-    """The Rule behind a decorated function, a `functools.partial` of one, or a Rule."""
+    """The Rule behind a decorated function, a `functools.partial` of one, or a Rule.
+
+    Args:
+        given: what a caller takes for a rule.
+
+    Returns:
+        The Rule, keywords of a partial bound.
+
+    Raises:
+        TypeError: it is not a rule, or a partial binds positional arguments.
+        TypeError, ValueError: a keyword that a partial binds, as for `Rule.bind`.
+    """
     if isinstance(given, Rule):
         return given
     if isinstance(given, functools.partial):
@@ -315,102 +278,6 @@ def named(name: str, rule: Any) -> Rule:
     if not isinstance(name, str) or not name:
         raise TypeError(f"name is {name!r}; give a name, bf.named('another name', rule)")
     return dataclasses.replace(as_rule(rule), name=name)
-
-
-def check_signals(rules: Sequence[Rule], signals: Mapping[str, Any], kind: str) -> None:
-    """Raises a TypeError for a signal that no rule takes at a step.
-
-    kind: what the rules are, for the message; "" for a single one, which then says what it takes.
-    """
-    for name in signals:
-        address, dot, keyword = name.rpartition(".")
-        takers = [rule for rule in rules if (rule.name == address if dot else keyword in rule.accepts)]
-        if kind and dot and not takers:
-            names = ", ".join([rule.name for rule in rules])
-            raise TypeError(f"no {kind} is named '{address}', as '{name}' says; their names are: {names}")
-        if kind and not takers:
-            accepted = sorted({keyword for rule in rules for keyword in rule.accepts if keyword not in rule.at_init})
-            raise TypeError(f"no {kind} takes '{name}'; they take: {', '.join(accepted) or 'nothing'}")
-        for rule in takers:
-            rule.check_keyword(keyword, at_step=True)
-        if not takers:
-            rules[0].check_keyword(name, at_step=True)
-
-
-def given_to(rule: Rule, signals: Mapping[str, Any]) -> dict[str, Any]:
-    """The signals that are for a rule, by keyword: those of its keywords' names, and "rule.keyword", which wins."""
-    keywords = {name: value for name, value in signals.items() if name in rule.accepts}
-    addressed = {name: name.rpartition(".") for name in signals if "." in name}
-    return keywords | {keyword: signals[name] for name, (to, _, keyword) in addressed.items() if to == rule.name}
-
-
-def on_trees(
-    rules: list[Rule], params: Tree, grads: Tree, state: BioState, signals: Mapping[str, Any]
-) -> tuple[Tree, Tree, BioState]:
-    """Runs rules on whole trees: checks all of the input, then each rule on flat dicts, then back to trees."""
-    check_signals(rules, signals, "" if len(rules) == 1 else "rule of the chain")
-    for rule in rules:
-        rule.check_needs(given_to(rule, signals))
-    flat_params, params_structure = trees.flatten(params)
-    flat_grads, grads_structure = trees.flatten(grads)
-    if flat_grads.keys() != flat_params.keys():
-        trees.check_none("grads", grads, flat_params)
-    _check_inputs(flat_params, flat_grads, state)
-    directions = {path: aligned("grads", path, flat_grads[path], leaf) for path, leaf in flat_params.items()}
-    flat_params, directions, state = on_leaves(rules, flat_params, directions, state, signals)
-    # Back in the order of their own tree: optree sorts the keys of a dict, not those of an OrderedDict
-    flat_grads = {path: directions[path] for path in flat_grads}
-    return trees.unflatten(params_structure, flat_params), trees.unflatten(grads_structure, flat_grads), state
-
-
-def on_leaves(
-    rules: Sequence[Rule], params: Leaves, grads: Leaves, state: BioState, signals: Mapping[str, Any]
-) -> Flat:
-    """Runs rules one after another on flat dicts; each gets the signals that its signature declares."""
-    drawing = [rule for rule in rules if rule.draws]
-    keyed = params if any(rule.every_leaf for rule in drawing) else state.plasticity
-    noise = StepKeys(state, [rule.name for rule in drawing], list(keyed))
-    for rule in rules:
-        keywords = given_to(rule, signals)
-        if rule.draws:
-            keywords["noise"] = noise
-        params, grads, state = rule.transform(rule, params, grads, state, keywords)
-    return params, grads, state
-
-
-def _check_inputs(params: dict[str, Any], grads: dict[str, Any], state: BioState) -> None:
-    if not isinstance(state, BioState):
-        raise TypeError(f"state is {type(state).__name__}; make a BioState with bf.init or chain.init")
-    trees.check_params(params)
-    trees.check_like("grads", grads, params)
-    made_for = dict(state.layout)
-    for path in made_for:
-        if path not in params:
-            raise KeyError(f"state was made with a leaf '{path}' that params lacks; was it made for another model?")
-    for path, leaf in params.items():
-        if path not in made_for:
-            raise KeyError(f"state was made without the leaf '{path}' of params; was it made for another model?")
-        if tuple(leaf.shape) != made_for[path]:
-            raise ValueError(
-                f"params leaf '{path}' has shape {tuple(leaf.shape)}, the state was made for {made_for[path]}; "
-                "was it made for another model? An ensemble runs in torch.vmap"
-            )
-    _check_sharding(params, state)
-    if state.key.dim() != 1:
-        raise ValueError(f"state.key has shape {tuple(state.key.shape)}; the states of an ensemble run in torch.vmap")
-
-
-def _check_sharding(params: Leaves, state: BioState) -> None:
-    kept = {name: getattr(state, name) for name in ("plasticity", "polarity", "activity")}
-    kept |= {f"slots of {name}": leaves for name, slot in state.slots.items() for leaves in slot.values()}
-    for place, leaves in kept.items():
-        for path, leaf in leaves.items():
-            if leaf.dim() and path in params and is_sharded(leaf) != is_sharded(params[path]):
-                kinds = ("DTensors", "plain tensors") if is_sharded(leaf) else ("plain tensors", "DTensors")
-                raise TypeError(
-                    f"state has {kinds[0]} and params {kinds[1]}: '{path}' in {place}; make the state with init of the "
-                    "parameters as they are"
-                )
 
 
 def compute_dtype(leaf: Tensor) -> torch.dtype:

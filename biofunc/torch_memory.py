@@ -39,7 +39,14 @@ _FRESH = {"sum": "initial_accumulator_value", "step_size": "lr"}
 
 
 def counts_age(optimizer: optim.Optimizer) -> bool:
-    """Whether the update of a re-drawn synapse is corrected for its age."""
+    """Whether the update of a re-drawn synapse is corrected for its age.
+
+    Args:
+        optimizer: of torch.optim.
+
+    Returns:
+        Whether it is Adam or AdamW.
+    """
     return isinstance(optimizer, optim.Adam | optim.AdamW)
 
 
@@ -49,7 +56,15 @@ def unborn(params: Leaves) -> Leaves:
 
 
 def groups_of(optimizer: optim.Optimizer, params: dict[str, nn.Parameter]) -> dict[str, dict[str, Any]]:
-    """The parameter group of each path."""
+    """The parameter group of each path.
+
+    Args:
+        optimizer: of torch.optim.
+        params: parameters by path.
+
+    Returns:
+        Groups by path, of those parameters that the optimizer has.
+    """
     by_id = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     return {path: by_id[id(p)] for path, p in params.items() if id(p) in by_id}
 
@@ -99,7 +114,17 @@ def take_back(
 
 
 def adam_update(group: dict[str, Any], memory: dict[str, Any], before: Tensor, born: Tensor) -> Tensor:
-    """Adam's update of a tensor whose synapses have ages of their own."""
+    """Adam's update of a tensor whose synapses have ages of their own.
+
+    Args:
+        group: the parameter group.
+        memory: what the optimizer keeps of the parameter, after the step.
+        before: the parameter before the step.
+        born: step of the optimizer at which each synapse was re-drawn.
+
+    Returns:
+        What the step takes off the parameter, decoupled weight decay included, in its compute dtype.
+    """
     dtype = compute_dtype(before)
     beta1, beta2 = group["betas"]
     # Below 1 only when the optimizer has loaded a state from before the re-drawing

@@ -16,7 +16,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def parallel_wrapper(model: nn.Module) -> DistributedDataParallel | None:
-    """The DistributedDataParallel around a model, if there is one."""
+    """The DistributedDataParallel around a model, if there is one.
+
+    Args:
+        model: a module, wrapped or not.
+
+    Returns:
+        The outermost such wrapper; None if there is none.
+    """
     current: nn.Module | None = model
     while current is not None:
         if isinstance(current, DistributedDataParallel):

@@ -30,7 +30,7 @@ from torch.func import functional_call, grad
 import biofunc as bf
 from biofunc import datasets
 from biofunc.statistics import bca_interval
-from biofunc.studies import inversion
+from biofunc.studies import inversion_victims
 from biofunc.studies.gradient_noise import gradient_noise
 from biofunc.studies.reconstruction import cosine_attack, least_squares, midrange, one_row, psnr
 
@@ -247,8 +247,8 @@ print(f"told the rates: {interval(psnr(from_first_layer(one_row, told), truth))}
 # images of a victim, so it rebuilds them together, each rate free within 1 - nu and 1 + nu.
 
 # %%
-task = inversion.Task(attack="cosine", data="digits", size=8, defended="weights")
-make_convolutions = partial(inversion.make_model, task, 12)
+task = inversion_victims.Task(attack="cosine", data="digits", size=8, defended="weights")
+make_convolutions = partial(inversion_victims.make_model, task, 12)
 convolutions = make_convolutions()
 gradients_of_images = torch.vmap(
     torch.vmap(lambda p, x, y: gradient_of(convolutions)(p, x.unsqueeze(0), y.unsqueeze(0)), in_dims=(None, 0, 0))

@@ -16,7 +16,7 @@ import pytest
 
 from biofunc import experiment, studies
 from biofunc.__main__ import main
-from biofunc.studies import Job, report
+from biofunc.studies import Job, analysis, pictures, report
 
 STUDY = """
 question = "Does it run?"
@@ -79,8 +79,8 @@ def toy(monkeypatch):
     kind, original = Toy(), studies.module
     monkeypatch.setattr(experiment, "module", lambda name: kind if name == "toy" else original(name))
     monkeypatch.setattr("biofunc.compare.compiler_works", lambda device: False)
-    kind.pictures = report.pictures
-    monkeypatch.setattr(report, "pictures", lambda summary: {})  # drawn in one test only: it takes a second
+    kind.pictures = pictures.pictures
+    monkeypatch.setattr(pictures, "pictures", lambda summary: {})  # drawn in one test only: it takes a second
     return kind
 
 
@@ -96,7 +96,7 @@ def words(path, *more):
 
 
 def test_runs_decides_and_reports(toy, path, capsys, monkeypatch):
-    monkeypatch.setattr(report, "pictures", toy.pictures)
+    monkeypatch.setattr(pictures, "pictures", toy.pictures)
     assert main(words(path)) == 0
     out = path.parent / "out"
     assert toy.runs == [0, 1, 2]
@@ -126,7 +126,7 @@ def test_runs_decides_and_reports(toy, path, capsys, monkeypatch):
     for picture in ("forest.png", "curves.png"):
         assert matplotlib.image.imread(out / picture).std() > 0.01
     # with more arms than lines that can be told apart there are no curves, and the report names none
-    monkeypatch.setattr(report, "COLOURS", report.COLOURS[:1])
+    monkeypatch.setattr(pictures, "COLOURS", pictures.COLOURS[:1])
     assert list(toy.pictures(summary)) == ["forest.png"]
     assert report.report(summary) == text.replace("![Curves](curves.png)\n\n", "")
 
@@ -348,11 +348,11 @@ def test_unpaired_runs_and_a_missing_control_are_refused(toy, path):
     study = experiment.load(str(path))
     arms = {"plain": {"": {"score": [1.0, 2.0]}}, "good": {"": {"score": [1.0]}}}
     with pytest.raises(ValueError, match="comparisons are paired"):
-        report.analyse(study, {"task": arms})
+        analysis.analyse(study, {"task": arms})
     with pytest.raises(ValueError, match="has no arm 'plain', the control"):
-        report.analyse(study, {"task": {"good": arms["good"]}})
+        analysis.analyse(study, {"task": {"good": arms["good"]}})
     with pytest.raises(ValueError, match="has no 'score', the metric of the decision"):
-        report.analyse(study, {"task": {"plain": {"": {"loss": [1.0]}}}})
+        analysis.analyse(study, {"task": {"plain": {"": {"loss": [1.0]}}}})
 
 
 def test_an_interval_that_leaves_out_0_without_a_claim_says_why():
@@ -372,6 +372,6 @@ def test_reports_count_threads_and_do_not_say_mean_twice(toy, path):
 
 
 def test_waiting_times_are_medians_with_censored_runs_counted():
-    assert report._central("steps to 90%", [10.0, 30.0, math.inf]) == {"median": 30.0, "never": 1}
-    assert report._central("steps to 90%", [10.0, math.inf]) == {"median": math.inf, "never": 1}
-    assert report._central("loss", [1.0, 3.0]) == {"mean": 2.0}
+    assert analysis._central("steps to 90%", [10.0, 30.0, math.inf]) == {"median": 30.0, "never": 1}
+    assert analysis._central("steps to 90%", [10.0, math.inf]) == {"median": math.inf, "never": 1}
+    assert analysis._central("loss", [1.0, 3.0]) == {"mean": 2.0}

@@ -332,7 +332,8 @@ def test_schedules_and_periods_at_late_steps(step):
         schedules.piecewise(0.0, {max(step, 1): 1.0, step + 1: 2.0}): float(step > 0),
     }
     for schedule, value in values.items():
-        assert schedule(now).item() == pytest.approx(value, rel=1e-14)
+        # Cosine and power of torch and of Python may each be an ulp off, all else is exact; pytest would allow 1e-12
+        assert schedule(now).item() == pytest.approx(value, rel=2 * 2**-52, abs=0)
     params = {"w": torch.ones(2, 2)}
     for period in (2, 3, 2**31, 2**32):
         learn = bf.chain(bf.every(period, bf.descend(0.5)))

@@ -10,7 +10,7 @@ import torch
 
 import biofunc as bf
 from biofunc import datasets, experiment, studies
-from biofunc.studies import classification, report
+from biofunc.studies import analysis, classification, classification_arms, classification_training
 
 SMALL = tomllib.loads((pathlib.Path(__file__).parent / "small_study.toml").read_text())
 
@@ -51,7 +51,7 @@ def test_every_arm_has_every_rate_in_every_condition(small):
     assert accuracies(results, "digits, adam, gradient phase", "fuzzy", "lr=0.01") == accuracies(
         results, "digits, adam, gradient phase", "plain", "lr=0.01"
     )
-    report.analyse({**small, "name": "small", "quick": False}, results)
+    analysis.analyse({**small, "name": "small", "quick": False}, results)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])
@@ -62,8 +62,8 @@ def test_plain_is_what_torch_optim_does(small, optimizer):
     data = datasets.load("digits")
     found = run(small)[f"digits, {optimizer}"]["plain"]["lr=0.05"]
     keys = bf.random.key(torch.arange(2))
-    train, validation, test = classification.splits(keys, len(data.labels))
-    own = list(classification.batches(keys, train, 64, 6))
+    train, validation, test = classification_training.splits(keys, len(data.labels))
+    own = list(classification_training.batches(keys, train, 64, 6))
     for seed in range(2):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -86,7 +86,7 @@ def test_a_result_does_not_depend_on_chunks_arms_or_number_of_seeds(small, monke
     small["optimizers"] = {"adam": {"lr": [0.001, 0.01]}}
     small["phases"] = ["update"]
     whole = run(small)
-    monkeypatch.setattr(classification, "CHUNK", 3)
+    monkeypatch.setattr(classification_training, "CHUNK", 3)
     assert run(small) == whole
     fewer = copy.deepcopy(small)
     fewer["arms"] = {name: small["arms"][name] for name in ("plain", "turnover", "narrow")}
@@ -102,7 +102,7 @@ def group_of(study, *arms, steps=6, **task):
     study["arms"] = {name: study["arms"].get(name, {}) for name in arms}
     study["data"]["digits"].update(steps=steps, **task)
     study["optimizers"], study["phases"] = {"adam": {"lr": [0.01]}}, ["update"]
-    return classification._Training(classification.groups(study)[0], datasets.load("digits"))
+    return classification_training.Training(classification_arms.groups(study)[0], datasets.load("digits"))
 
 
 def test_turnover_acts_in_its_period_at_the_same_rate_for_weak_and_for_random_synapses(small):
@@ -121,7 +121,7 @@ def test_turnover_acts_in_its_period_at_the_same_rate_for_weak_and_for_random_sy
     training(torch.arange(60), lambda n: None)
     assert len(seen) == 1  # 6 steps, period 4
     params = {name: p[torch.arange(60) % 20] for name, p in training.params.items()}
-    rules = [rule for chain in (*training.chains, *classification.TURNOVER.values()) for rule in chain.rules]
+    rules = [rule for chain in (*training.chains, *classification_training.TURNOVER.values()) for rule in chain.rules]
     state = torch.vmap(lambda p, k: bf.init(p, k, *rules))(params, bf.random.key(torch.arange(60) % 20))
     hyper = {
         "dre": torch.tensor([math.inf, 8.0, math.inf]).repeat_interleave(20),
@@ -141,12 +141,12 @@ def test_turnover_acts_in_its_period_at_the_same_rate_for_weak_and_for_random_sy
 
 def test_splits_and_batches_cover_each_members_own_data():
     keys = bf.random.key(torch.arange(3))
-    train, validation, test = classification.splits(keys, 200)
+    train, validation, test = classification_training.splits(keys, 200)
     assert [part.shape[1] for part in (train, validation, test)] == [120, 40, 40]
     for member in range(3):
         assert sorted(torch.cat([train[member], validation[member], test[member]]).tolist()) == list(range(200))
     assert not torch.equal(test[0], test[1])
-    own = list(classification.batches(keys, train, 50, 5))
+    own = list(classification_training.batches(keys, train, 50, 5))
     epoch = torch.cat(own[:2], 1)
     assert all(len(set(row.tolist())) == 100 for row in epoch)
     assert all(set(row.tolist()) <= set(of.tolist()) for row, of in zip(epoch, train, strict=True))
@@ -157,7 +157,7 @@ def test_compiled_is_plain(small, monkeypatch, fresh_compiler):
     plain = group_of(small, "plain", "fuzzy")
     members = torch.arange(4)
     expected = plain(members, lambda n: None)
-    monkeypatch.setattr(classification, "COMPILE_FROM", 1)
+    monkeypatch.setattr(classification_training, "COMPILE_FROM", 1)
     compiled = group_of(small, "plain", "fuzzy")
     assert compiled.step is not plain.step
     found = compiled(members, lambda n: None)
@@ -174,23 +174,23 @@ def test_a_level_that_is_not_reached_takes_forever(small):
 
 def test_factors_make_every_combination_once():
     study = experiment.load("combination")
-    made = classification.arms(study)
+    made = classification_arms.arms(study)
     assert len(made) == 32
-    assert made["plain"] == classification.OFF
-    assert made["crystallize + weight_splitting"] == {**classification.OFF, "dampening_factor": 0.6, "gamma": 2}
-    assert sum(len(group.arms) for group in classification.groups(study)) == 64
+    assert made["plain"] == classification_arms.OFF
+    assert made["crystallize + weight_splitting"] == {**classification_arms.OFF, "dampening_factor": 0.6, "gamma": 2}
+    assert sum(len(group.arms) for group in classification_arms.groups(study)) == 64
 
 
 def test_the_learning_study_is_the_one_that_is_described():
     study = experiment.load("learning")
-    groups = classification.groups(study)
+    groups = classification_arms.groups(study)
     assert {group.data for group in groups} == set(datasets.DATASETS)
     assert all(len(group.rates) == 5 for group in groups)
-    arms = classification.arms(study)
+    arms = classification_arms.arms(study)
     assert arms["random_turnover"]["random_dre"] == arms["rejuvenate_weights"]["dre"]
     for task in study["data"].values():  # the last turnover leaves time to recover
         assert task["steps"] % task["turnover_period"] > 40
-    conditions = {c for group in groups for arm in group.arms for c in classification._conditions(group, arm)}
+    conditions = {c for group in groups for arm in group.arms for c in classification_arms.conditions(group, arm)}
     assert len(conditions) == 15
 
 

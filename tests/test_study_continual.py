@@ -13,8 +13,8 @@ from table import Row
 import biofunc as bf
 from biofunc import datasets, philox
 from biofunc.rule import as_rule
-from biofunc.studies import available, continual
-from biofunc.studies.continual import Member, Trainer
+from biofunc.studies import available, continual, continual_chains, continual_training
+from biofunc.studies.continual_training import Member, Trainer
 from biofunc.studies.l2_init import l2_init
 from biofunc.studies.shrink_and_perturb import shrink_and_perturb
 
@@ -93,7 +93,7 @@ def test_the_rivals_obey_the_laws(law, takes, row, monkeypatch):
     for name, values in {"settings": row.settings, **OTHERS}.items():
         if name in takes:
             cases = [{**case, name: value} for case in cases for value in values]
-    if "compile" in law.__name__ and continual.compiler_works("cpu"):
+    if "compile" in law.__name__ and continual_training.compiler_works("cpu"):
         bf.random.accelerate()  # as the study does; without, the generator takes long to compile
     for case in cases:
         law(**case)
@@ -124,7 +124,7 @@ def test_perturbations_have_the_spread_of_the_initial_weights(distribution):
 
 @pytest.fixture
 def plain_vmap(monkeypatch):
-    monkeypatch.setattr(continual, "compiler_works", lambda device: False)
+    monkeypatch.setattr(continual_training, "compiler_works", lambda device: False)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def digits():
 def test_random_labels_are_balanced_and_new_in_every_task(digits):
     keys = bf.random.key(torch.arange(3))
     (x, first), (same, second) = [
-        continual.task_data("random_label_digits", digits, 400, keys, number) for number in (0, 1)
+        continual_training.task_data("random_label_digits", digits, 400, keys, number) for number in (0, 1)
     ]
     assert torch.equal(x, same)
     assert not torch.equal(x[0], x[1])
@@ -148,7 +148,7 @@ def test_random_labels_are_balanced_and_new_in_every_task(digits):
 
 def test_permuted_digits_are_digits_with_their_pixels_in_one_new_order(digits):
     keys = bf.random.key(torch.arange(2))
-    tasks = [continual.task_data("permuted_digits", digits, 100, keys, number) for number in (0, 1)]
+    tasks = [continual_training.task_data("permuted_digits", digits, 100, keys, number) for number in (0, 1)]
     (first, labels), (second, again) = tasks
     assert torch.equal(labels, again)
     assert not torch.equal(first, second)
@@ -162,20 +162,21 @@ def test_permuted_digits_are_digits_with_their_pixels_in_one_new_order(digits):
 
 def test_batches_show_every_sample_once_an_epoch():
     keys = bf.random.key(torch.arange(2))
-    found = continual.batches(60, 2, keys, 0)
-    assert found.shape == (6, 2, continual.BATCH)
+    found = continual_training.batches(60, 2, keys, 0)
+    assert found.shape == (6, 2, continual_training.BATCH)
     for seed in range(2):
         for epoch in range(2):
             assert sorted(found[3 * epoch : 3 * epoch + 3, seed].flatten().tolist()) == list(range(60))
     assert not torch.equal(found[:3], found[3:])
     assert not torch.equal(found[:, 0], found[:, 1])
-    assert not torch.equal(found, continual.batches(60, 2, keys, 1))
+    assert not torch.equal(found, continual_training.batches(60, 2, keys, 1))
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_every_mechanism_at_its_off_setting_is_plain(plain_vmap, optimizer):
     """The group with re-drawing counts Adam's steps per synapse: the same numbers, from another program."""
-    members = [Member(arm, continual.OFF[continual.ARMS[arm]] if arm != "plain" else {}, 0.01, 7) for arm in CHOSEN]
+    off = {arm: continual_chains.OFF[continual_chains.ARMS[arm]] for arm in CHOSEN if arm != "plain"}
+    members = [Member(arm, off.get(arm, {}), 0.01, 7) for arm in CHOSEN]
     runs = Trainer("random_label_digits", optimizer, PLAN, chunk=9).train(members, lambda n: None)
     assert all(run == runs[0] for run in runs)
 
@@ -187,7 +188,8 @@ def test_every_mechanism_does_something_when_on(plain_vmap):
     ranks = [run["effective rank"] for run in runs.values()]
     assert len(set(ranks)) == len(ranks)
     for arm, run in runs.items():  # 20 steps are 6 periods, over 5 tasks
-        assert run["turnover"] == pytest.approx(6 / 5 * 0.1 if arm in continual.REDRAWING else 0.0, abs=1e-3), arm
+        expected = 6 / 5 * 0.1 if arm in continual_chains.REDRAWING else 0.0
+        assert run["turnover"] == pytest.approx(expected, abs=1e-3), arm
 
 
 def test_a_run_does_not_depend_on_the_chunk_that_it_shares(plain_vmap):
@@ -202,15 +204,15 @@ def test_a_run_does_not_depend_on_the_chunk_that_it_shares(plain_vmap):
 
 
 def test_two_chains_and_a_period_are_one_chain_with_every(plain_vmap):
-    hyper = continual._hyperparameters("rejuvenate_weights", {"rate": 0.2})
+    hyper = continual_chains.hyperparameters("rejuvenate_weights", {"rate": 0.2})
     hyper["shrink_and_perturb"] = CHOSEN["shrink_and_perturb"]
-    rules = continual.make_periodic_chain(hyper, redraws=True).rules
-    params, _ = bf.ensemble.init(continual.make_model, [0])
+    rules = continual_chains.make_periodic_chain(hyper, redraws=True).rules
+    params, _ = bf.ensemble.init(continual_training.make_model, [0])
     params = {path: w[0] for path, w in params.items()}
     grads = {path: 0.1 * w.sign() for path, w in params.items()}
     activity = {path: torch.ones(w.shape[0]) for path, w in params.items() if w.dim() == 2}
     target = {path: a * 0.5 for path, a in activity.items()}
-    step = continual.make_chain("adam", 0.01, hyper)
+    step = continual_chains.make_chain("adam", 0.01, hyper)
     whole = bf.chain(*step.rules, *[bf.every(3, rule) for rule in rules])
     start = Trainer("random_label_digits", "adam", PLAN)._init(params, bf.random.key(0), hyper, redraws=True)
     apart, together = (params, start), (params, start)
@@ -218,7 +220,7 @@ def test_two_chains_and_a_period_are_one_chain_with_every(plain_vmap):
         new, _, state = step(apart[0], grads, apart[1], activity=activity, target=target)
         apart = (new, state)
         if (number + 1) % 3 == 0:
-            apart = continual._renew(*apart, hyper, redraws=True)
+            apart = continual_training._renew(*apart, hyper, redraws=True)
         new, _, state = whole(together[0], grads, together[1], activity=activity, target=target)
         together = (new, state)
     assert_same(apart, together)
@@ -230,12 +232,12 @@ def test_plain_is_torch_s_own_adam(plain_vmap, digits):
     key = bf.random.key(torch.tensor([5]))
     with torch.random.fork_rng():
         torch.manual_seed(5)
-        model = continual.make_model()
+        model = continual_training.make_model()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     for number in range(PLAN["tasks"]):
-        x, y = [leaf[0] for leaf in continual.task_data("random_label_digits", digits, 40, key, number)]
+        x, y = [leaf[0] for leaf in continual_training.task_data("random_label_digits", digits, 40, key, number)]
         right = 0
-        for batch in continual.batches(40, 2, key, number)[:, 0]:
+        for batch in continual_training.batches(40, 2, key, number)[:, 0]:
             y_hat = model(x[batch])
             right += (y_hat.argmax(-1) == y[batch]).sum().item()
             optimizer.zero_grad()
@@ -245,21 +247,21 @@ def test_plain_is_torch_s_own_adam(plain_vmap, digits):
 
 
 def test_silence_and_rank_of_a_known_network():
-    params, _ = bf.ensemble.init(continual.make_model, [0])
+    params, _ = bf.ensemble.init(continual_training.make_model, [0])
     params = {path: torch.zeros_like(w[0]) for path, w in params.items()}
     x = torch.cat([torch.eye(4), torch.zeros(4, 60)], 1)
     params["0.weight"][:4, :4] = torch.eye(4)
     params["2.weight"][:2, :2] = torch.eye(2)
-    dead, rank = continual.silence_and_rank(params, x)  # 4 + 2 of 100 units fire; two equal singular values
+    dead, rank = continual_training.silence_and_rank(params, x)  # 4 + 2 of 100 units fire; two equal singular values
     assert dead.item() == pytest.approx(0.94)
     assert rank.item() == pytest.approx(2.0)
     nothing = {path: torch.zeros_like(w) for path, w in params.items()}
-    assert [leaf.item() for leaf in continual.silence_and_rank(nothing, x)] == [1.0, 0.0]
+    assert [leaf.item() for leaf in continual_training.silence_and_rank(nothing, x)] == [1.0, 0.0]
 
 
 def test_dead_neurons_have_no_target():
     state = bf.BioState(bf.random.key(0), torch.zeros((), dtype=torch.int64), activity={"w": torch.tensor([0.0, 1, 2])})
-    assert_same(continual._target(state), {"w": torch.tensor([torch.nan, 1.0, 1.0])})
+    assert_same(continual_training._target(state), {"w": torch.tensor([torch.nan, 1.0, 1.0])})
 
 
 @pytest.fixture
@@ -302,7 +304,7 @@ def test_the_compiled_run_agrees_with_plain_vmap(monkeypatch, fresh_compiler):
     assert hasattr(compiled.step, "_torchdynamo_orig_callable")
     found = compiled.train(members, lambda n: None)
     bf.random.accelerate(False)
-    monkeypatch.setattr(continual, "compiler_works", lambda device: False)
+    monkeypatch.setattr(continual_training, "compiler_works", lambda device: False)
     plain = Trainer("random_label_digits", "adam", PLAN, chunk=2).train(members, lambda n: None)
     for left, right in zip(found, plain, strict=True):
         assert left["mean online accuracy"] == pytest.approx(right["mean online accuracy"], abs=2.5 / 400)
@@ -311,9 +313,9 @@ def test_the_compiled_run_agrees_with_plain_vmap(monkeypatch, fresh_compiler):
 def test_the_study_that_is_shipped_is_sound(study):
     shipped = tomllib.loads(available()["plasticity"].read_text())
     continual.check(shipped)
-    assert set(shipped["arms"]) == set(continual.ARMS)
+    assert set(shipped["arms"]) == set(continual_chains.ARMS)
     assert {len(settings) for arm, settings in shipped["arms"].items() if arm != "plain"} == {4}
-    assert shipped["decision"]["metric"] in continual.summary(torch.ones(6, 4))
+    assert shipped["decision"]["metric"] in continual_training.summary(torch.ones(6, 4))
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,11 @@ import torch
 from helpers import assert_same, values
 
 import biofunc as bf
-from biofunc.studies import inversion
+from biofunc.studies import inversion, inversion_attacks, inversion_victims
 from biofunc.studies.gradient_noise import gradient_noise
 from biofunc.studies.gradient_pruning import gradient_pruning
-from biofunc.studies.inversion import ATTACKERS, Defence, Task
+from biofunc.studies.inversion import ATTACKERS
+from biofunc.studies.inversion_victims import Defence, Task
 from biofunc.studies.reconstruction import cosine_attack, least_squares, midrange, one_row, psnr, rank_one, ssim
 
 STUDY = tomllib.loads((pathlib.Path(inversion.__file__).parent / "inversion.toml").read_text())
@@ -27,8 +28,8 @@ def small(**changes):
 
 
 def victims(study, task, defence):
-    data = inversion.load(study, task)
-    return data, inversion.train_victims(study, task, data, lambda steps: None, defence)
+    data = inversion_victims.load(study, task)
+    return data, inversion_victims.train_victims(study, task, data, lambda steps: None, defence)
 
 
 def layer_gradients(seed, rows=40, inputs=12, dtype=torch.float64):
@@ -145,12 +146,12 @@ KINDS = ("noise", "pruning")
 def test_convolution_is_that_of_torch():
     x = values(7, (2, 3, 7, 7), torch.float64)
     with torch.random.fork_rng():
-        ours = inversion.Convolution(3, 4, 3, stride=2, padding=1).double()
+        ours = inversion_victims.Convolution(3, 4, 3, stride=2, padding=1).double()
     torch.testing.assert_close(ours(x), ours._conv_forward(x, ours.weight, ours.bias))
 
 
 def test_defences_are_paired_and_a_seed_does_not_depend_on_the_others():
-    few, many = [inversion.load(small(seeds=n), CLOSED) for n in (2, 4)]
+    few, many = [inversion_victims.load(small(seeds=n), CLOSED) for n in (2, 4)]
     for field in ("train", "test", "private"):
         assert torch.equal(getattr(few, field), getattr(many, field)[:2])
     for seed in range(2):
@@ -169,7 +170,7 @@ def test_defences_are_paired_and_a_seed_does_not_depend_on_the_others():
 def test_a_defence_acts_on_what_it_defends(task):
     study = small(rounds=1)
     data, found = victims(study, task, Defence(nu=0.5))
-    observed = inversion.observe(study, data, Defence(nu=0.5), found)
+    observed = inversion_attacks.observe(study, data, Defence(nu=0.5), found)
     scaled = {path for path in observed.exact if not torch.equal(observed.unaware[path], observed.exact[path])}
     weights = {"1.weight", "3.weight"}
     assert scaled == (weights if task.defended == "weights" else {*weights, "1.bias", "3.bias"})
@@ -187,16 +188,16 @@ def test_a_defence_acts_on_what_it_defends(task):
 def test_who_knows_the_rates_sees_the_gradient_itself(defence, attacker):
     study = small()
     data, found = victims(study, COSINE, defence)
-    undone = getattr(inversion.observe(study, data, defence, found), attacker)
+    undone = getattr(inversion_attacks.observe(study, data, defence, found), attacker)
     # the same networks without a defence
-    bare = inversion.Victims(found.model, found.params, _no_rates(study, data), {}, found.accuracy)
-    plain = inversion.observe(study, data, Defence(), bare).unaware
+    bare = inversion_victims.Victims(found.model, found.params, _no_rates(study, data), {}, found.accuracy)
+    plain = inversion_attacks.observe(study, data, Defence(), bare).unaware
     for path in plain:
         torch.testing.assert_close(undone[path], plain[path], rtol=1e-5, atol=1e-12)
 
 
 def _no_rates(study, data):
-    params, _ = bf.ensemble.init(lambda: inversion.make_model(COSINE, 12), range(study["seeds"]))
+    params, _ = bf.ensemble.init(lambda: inversion_victims.make_model(COSINE, 12), range(study["seeds"]))
     chain = bf.chain(*Defence().rules())
     return torch.vmap(chain.init)(params, data.keys)
 
@@ -205,11 +206,11 @@ def test_known_rates_give_the_cosine_attack_of_no_defence():
     study = small(seeds=2, iterations=12)
     data, plain = victims(study, COSINE, Defence())
     _, fuzzy = victims(study, COSINE, Defence(nu=0.5))
-    fuzzy = inversion.Victims(plain.model, plain.params, fuzzy.state, fuzzy.innate, plain.accuracy)
-    images = [
-        inversion.cosine_images(study, data, d, v, inversion.observe(study, data, d, v), lambda steps: None)
-        for d, v in ((Defence(), plain), (Defence(nu=0.5), fuzzy))
-    ]
+    fuzzy = inversion_victims.Victims(plain.model, plain.params, fuzzy.state, fuzzy.innate, plain.accuracy)
+    images = []
+    for defence, trained in ((Defence(), plain), (Defence(nu=0.5), fuzzy)):
+        observed = inversion_attacks.observe(study, data, defence, trained)
+        images.append(inversion_attacks.cosine_images(study, data, defence, trained, observed, lambda steps: None))
     torch.testing.assert_close(
         images[1]["knows rates"]["cosine, rates undone"], images[0]["unaware"]["cosine"], rtol=0, atol=2e-2
     )
@@ -222,9 +223,9 @@ def test_rounds_average_fresh_noise_away():
     for rounds in (1, 16):
         study = small(rounds=rounds, images=1)
         data, found = victims(study, CLOSED, Defence(noise=0.5))
-        plain = inversion.Victims(found.model, found.params, found.state, found.innate, found.accuracy)
-        noisy = inversion.observe(study, data, Defence(noise=0.5), found).adaptive["1.weight"]
-        clean = inversion.observe(study, data, Defence(), plain).adaptive["1.weight"]
+        plain = inversion_victims.Victims(found.model, found.params, found.state, found.innate, found.accuracy)
+        noisy = inversion_attacks.observe(study, data, Defence(noise=0.5), found).adaptive["1.weight"]
+        clean = inversion_attacks.observe(study, data, Defence(), plain).adaptive["1.weight"]
         ratio.append(((noisy - clean).square().mean() / clean.square().mean()).sqrt().item())
     assert ratio[0] == pytest.approx(0.5, rel=0.1)
     assert ratio[1] == pytest.approx(0.125, rel=0.1)

@@ -17,27 +17,31 @@ A lower PSNR is not yet privacy: at 30 dB a picture is as good as rebuilt. `bett
 an attacker knew more than what the public data say.
 """
 
-import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call, grad
+from torch import Tensor
 
 import biofunc as bf
-from biofunc import datasets
 from biofunc.compare import compiler_works
 from biofunc.studies import Job, Results
-from biofunc.studies.gradient_noise import gradient_noise
-from biofunc.studies.gradient_pruning import gradient_pruning
-from biofunc.studies.reconstruction import cosine_attack, least_squares, midrange, one_row, psnr, rank_one, ssim
-from biofunc.trees import Leaves
+from biofunc.studies.inversion_attacks import closed_form_images, cosine_images, observe
+from biofunc.studies.inversion_victims import (
+    Advance,
+    Attack,
+    Data,
+    Defence,
+    Defended,
+    Task,
+    Victims,
+    load,
+    train_victims,
+)
+from biofunc.studies.reconstruction import psnr, ssim
 
-CLASSES = 10
-TEST_SHARE = 0.2
 ATTACKERS = ("unaware", "adaptive", "knows rates")
 SETTINGS = {
     "nu": "[0, 1)",
@@ -47,120 +51,18 @@ SETTINGS = {
     "gamma": "an integer >= 1",
 }
 EIGHT_BITS = 58.9  # dB, 10 log10(12 255^2): the rounding error of a picture of 8 bits; a better one shows no more
-LARGEST_UNDOING = 1e30  # by smaller rates than its inverse, gradients leave the range of float32
-
-Attack = Literal["closed form", "cosine"]
-Defended = Literal["weights", "weights and biases"]
-Advance = Callable[[int], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """One attack on one data set."""
-
-    attack: Attack
-    data: str
-    size: int
-    defended: Defended
-
-    @property
-    def name(self) -> str:
-        return f"{self.attack}, {self.data}, {self.defended}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Defence:
-    """What happens to a gradient before it is shared; as constructed, nothing."""
-
-    nu: float = 0.0
-    dampening_factor: float = 1.0
-    stability_factor: float = 0.0
-    lr_variability: float = 0.0
-    gamma: int = 1
-    noise: float = 0.0
-    pruning: float = 0.0
-
-    def rules(self) -> list[Any]:
-        """The rules of the defence alone: what it does not use would draw noise in vain."""
-        rules: list[Any] = []
-        if self.dampening_factor < 1:
-            rules.append(partial(bf.crystallize, dampening_factor=self.dampening_factor))
-        if self.stability_factor > 0 or self.lr_variability > 0:
-            rules.append(
-                partial(
-                    bf.volume_dependent_lr,
-                    base_lr=1.0,
-                    stability_factor=self.stability_factor,
-                    lr_variability=self.lr_variability,
-                    normalise=True,
-                )
-            )
-        rules.append(partial(bf.fuzzy_learning_rates, nu=self.nu))
-        if self.noise > 0:
-            rules.append(partial(gradient_noise, strength=self.noise))
-        if self.pruning > 0:
-            rules.append(partial(gradient_pruning, share=self.pruning))
-        return rules
-
-
-@dataclasses.dataclass(frozen=True)
-class Victims:
-    """Private data and trained networks of all seeds; the first axis is the seed's."""
-
-    model: nn.Module
-    params: Leaves
-    state: bf.BioState
-    innate: Leaves  # the rates with which synapses were born
-    accuracy: Tensor  # on test images, (seeds,)
-
-
-@dataclasses.dataclass(frozen=True)
-class Observed:
-    """What attackers have in hand: gradients by path, `(seeds, images, ...)`."""
-
-    unaware: Leaves  # of the first round
-    adaptive: Leaves  # mean over rounds, known factors divided out
-    exact: Leaves  # the same, innate rates divided out too
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """Images, labels and, per seed, which of them train, test and stay private."""
-
-    images: Tensor  # (samples, height, width)
-    labels: Tensor
-    keys: Tensor
-    train: Tensor
-    test: Tensor
-    private: Tensor
-
-    def truth(self) -> Tensor:
-        """The image of each seed that is measured."""
-        return self.images[self.private[:, 0]]
-
-    def mean_image(self) -> Tensor:
-        """The best guess without a gradient, from each seed's training images."""
-        return torch.stack([self.images[index].mean(0) for index in self.train])
-
-
-class Convolution(nn.Conv2d):
-    """A square convolution with zero padding, as one matrix product.
-
-    Under `vmap` with weights of its own for each member, a convolution is a grouped one; the second derivatives of the
-    attack then took 1.4 to 1.5 times as long on one thread of a CPU, and far longer on two that were not free.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        kernel, stride, padding = self.kernel_size[0], self.stride[0], int(self.padding[0])
-        height, width = [(n + 2 * padding - kernel) // stride + 1 for n in x.shape[-2:]]
-        columns = nn.functional.unfold(x, kernel, padding=padding, stride=stride)
-        bias = 0.0 if self.bias is None else self.bias.unsqueeze(-1)
-        product = self.weight.flatten(1) @ columns + bias
-        return product.reshape(*product.shape[:-1], height, width)
 
 
 def check(study: dict[str, Any]) -> None:
-    """Raises a ValueError of one line for whatever in the study cannot be run."""
+    """Refuses a study of which something cannot be run.
+
+    Args:
+        study: what the file holds.
+
+    Raises:
+        ValueError: of one line.
+        KeyError, TypeError: a setting is missing or of another type.
+    """
     for name in ("seeds", "steps", "iterations", "images", "rounds"):
         _check_number(name, study[name], minimum=1, whole=True)
     _check_number("smoothness", study["smoothness"], minimum=0)
@@ -301,121 +203,6 @@ def _alone(kind: str, strength: float) -> Defence:
     return Defence(noise=strength) if kind == "noise" else Defence(pruning=strength)
 
 
-def load(study: dict[str, Any], task: Task) -> Data:
-    """Loads the images and deals them out; what a seed gets depends on the seed alone."""
-    found = datasets.load(task.data)
-    side = math.isqrt(found.inputs.shape[1])
-    images = found.inputs.reshape(-1, 1, side, side)
-    images = nn.functional.avg_pool2d(images, side // task.size).squeeze(1)
-    keys = bf.random.key(torch.arange(study["seeds"]))
-    order = bf.random.uniform(bf.random.fold_in(keys, "split"), (len(images),)).argsort(-1)
-    private, held_out = study["images"], study["images"] + int(len(images) * TEST_SHARE)
-    return Data(images, found.labels, keys, order[:, held_out:], order[:, private:held_out], order[:, :private])
-
-
-def make_model(task: Task, hidden: int) -> nn.Module:
-    """The victim's network: a perceptron, or two convolutions with sigmoids and a linear layer."""
-    if task.attack == "closed form":
-        return nn.Sequential(nn.Flatten(), nn.Linear(task.size**2, hidden), nn.ReLU(), nn.Linear(hidden, CLASSES))
-    convolutions = Convolution(1, hidden, 3, padding=1), Convolution(hidden, hidden, 3, stride=2, padding=1)
-    for layer in convolutions:
-        # Glorot's bound for the logistic function; with PyTorch's own the network does not leave chance
-        nn.init.xavier_uniform_(layer.weight, gain=4.0)
-    return nn.Sequential(
-        nn.Unflatten(-2, (1, task.size)),
-        convolutions[0],
-        nn.Sigmoid(),
-        convolutions[1],
-        nn.Sigmoid(),
-        nn.Flatten(),
-        nn.Linear(hidden * ((task.size + 1) // 2) ** 2, CLASSES),
-    )
-
-
-def train_victims(study: dict[str, Any], task: Task, data: Data, advance: Advance, defence: Defence) -> Victims:
-    """Trains the networks of all seeds with a defence at work; initial weights, batches and noise are the seed's."""
-    network, seeds = study["networks"][task.attack], len(data.keys)
-    params, _ = bf.ensemble.init(lambda: make_model(task, network["hidden"]), range(seeds))
-    with torch.device("meta"):  # the forward pass alone
-        model = make_model(task, network["hidden"])
-    if defence.gamma > 1:
-        model = bf.split_synapses(model, defence.gamma)
-    learn = bf.chain(*defence.rules(), bf.descend(network["lr"]))
-    where = None if task.defended == "weights" else "*"
-    state = torch.vmap(lambda p, k: learn.init(p, k, where=where))(params, data.keys)
-    innate = state.plasticity
-    gradient = grad(partial(_loss, model))
-
-    @torch.vmap
-    def step(params: Leaves, state: bf.BioState, x: Tensor, y: Tensor) -> tuple[Leaves, bf.BioState]:
-        params, _, state = learn(params, gradient(params, x, y), state)
-        return params, state
-
-    order = bf.random.fold_in(data.keys, "order")
-    for number in range(study["steps"]):
-        draw = bf.random.uniform(bf.random.fold_in(order, number), (network["batch"],))
-        batch = data.train.gather(1, (draw * data.train.shape[1]).long())
-        params, state = step(params, state, data.images[batch], data.labels[batch])
-        advance(1)
-    predicted = torch.vmap(lambda p, x: functional_call(model, p, (x,)).argmax(-1), chunk_size=4)(
-        params, data.images[data.test]
-    )
-    accuracy = (predicted == data.labels[data.test]).float().mean(-1)
-    return Victims(model, params, state, innate, accuracy)
-
-
-def _loss(model: nn.Module, params: Leaves, x: Tensor, y: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(functional_call(model, params, (x,)), y)
-
-
-def observe(study: dict[str, Any], data: Data, defence: Defence, victims: Victims) -> Observed:
-    """Lets victims share the gradient of each private image in each round, and does what attackers can do at once."""
-    share = bf.chain(*defence.rules())
-    gradient = grad(partial(_loss, victims.model))
-
-    @torch.vmap
-    def visit(
-        params: Leaves, innate: Leaves, state: bf.BioState, x: Tensor, y: Tensor
-    ) -> tuple[Leaves, Leaves, Leaves, bf.BioState]:
-        _, shared, state = share(params, gradient(params, x.unsqueeze(0), y.unsqueeze(0)), state)
-        known = {path: _known_factor(params[path], state.plasticity[path] / innate[path], defence) for path in innate}
-        undone = {path: _undo(g, known[path]) if path in known else g for path, g in shared.items()}
-        exact = {path: _undo(g, innate[path]) if path in innate else g for path, g in undone.items()}
-        return shared, undone, exact, state
-
-    state = victims.state
-    rounds: list[Observed] = []
-    for _ in range(study["rounds"]):
-        seen = []
-        for i in range(study["images"]):
-            index = data.private[:, i]
-            *shared, state = visit(victims.params, victims.innate, state, data.images[index], data.labels[index])
-            seen.append(shared)
-        rounds.append(Observed(*[_over_images(list(kind)) for kind in zip(*seen, strict=True)]))
-    return Observed(
-        rounds[0].unaware, _mean_over_rounds([r.adaptive for r in rounds]), _mean_over_rounds([r.exact for r in rounds])
-    )
-
-
-def _known_factor(w: Tensor, crystallised: Tensor, defence: Defence) -> Tensor:
-    """What the server can compute: the mean factor of the volume, and rates lowered by crystallisation."""
-    volume = w.abs() / (w.abs() + 1)
-    eta = torch.exp(-defence.stability_factor * volume)
-    return crystallised * eta / eta.mean()
-
-
-def _undo(g: Tensor, factor: Tensor) -> Tensor:
-    return torch.where(factor > 1 / LARGEST_UNDOING, g / factor.clamp(min=1 / LARGEST_UNDOING), 0.0)
-
-
-def _over_images(trees: list[Leaves]) -> Leaves:
-    return {path: torch.stack([tree[path] for tree in trees], 1) for path in trees[0]}
-
-
-def _mean_over_rounds(trees: list[Leaves]) -> Leaves:
-    return {path: torch.stack([tree[path] for tree in trees]).mean(0) for path in trees[0]}
-
-
 def _measure(
     study: dict[str, Any], task: Task, data: Data, defence: Defence, victims: Victims, advance: Advance
 ) -> dict[str, dict[str, list[float]]]:
@@ -444,82 +231,3 @@ def _measure(
             **{f"PSNR, {name}": psnr(image, truth).tolist() for name, image in found[attacker].items()},
         }
     return measured
-
-
-def closed_form_images(task: Task, defence: Defence, observed: Observed) -> dict[str, dict[str, Tensor]]:
-    """Images `(seeds, height, width)` by attacker and estimator, from the gradients of the first layer."""
-
-    def estimate(estimator: Callable[[Tensor, Tensor], Tensor], gradients: Leaves) -> Tensor:
-        inputs = torch.vmap(estimator)(gradients["1.weight"][:, 0], gradients["1.bias"][:, 0])
-        return inputs.reshape(-1, task.size, task.size)
-
-    return {
-        "unaware": {
-            "one row": estimate(one_row, observed.unaware),
-            "least squares": estimate(least_squares, observed.unaware),
-        },
-        "adaptive": {
-            "one row, rule undone": estimate(one_row, observed.adaptive),
-            "least squares, rule undone": estimate(least_squares, observed.adaptive),
-            "middle of the bounds": estimate(partial(midrange, nu=defence.nu), observed.adaptive),
-            "rank one": estimate(rank_one, observed.adaptive),
-        },
-        "knows rates": {
-            "one row, rates undone": estimate(one_row, observed.exact),
-            "least squares, rates undone": estimate(least_squares, observed.exact),
-        },
-    }
-
-
-def cosine_images(
-    study: dict[str, Any], data: Data, defence: Defence, victims: Victims, observed: Observed, advance: Advance
-) -> dict[str, dict[str, Tensor]]:
-    """Images `(seeds, height, width)` by attacker, from the gradients of all layers.
-
-    An attacker whose gradients are those of the one before it would find the same image, and does not search again.
-    """
-    model, params = victims.model, victims.params
-    single = grad(partial(_loss, model))
-
-    def flat(gradients: Leaves, batch_dims: int = 2) -> Tensor:
-        return torch.cat([g.flatten(batch_dims) for g in gradients.values()], -1)
-
-    def gradient(images: Tensor, labels: Tensor) -> Tensor:
-        one = torch.vmap(lambda p, x, y: single(p, x.unsqueeze(0), y.unsqueeze(0)), in_dims=(None, 0, 0))
-        return flat(torch.vmap(one)(params, images, labels))
-
-    size = data.images.shape[-2:]
-    start = bf.random.uniform(bf.random.fold_in(data.keys, "start"), (data.private.shape[1], *size))
-
-    def attack(gradients: Leaves, images: int, **options: Any) -> Tensor:
-        found = cosine_attack(
-            gradient,
-            flat(gradients)[:, :images],
-            data.labels[data.private[:, :images]],
-            start[:, :images],
-            iterations=study["iterations"],
-            smoothness=study["smoothness"],
-            advance=advance,
-            **options,
-        )
-        return found[:, 0]
-
-    found = {"unaware": {"cosine": attack(observed.unaware, 1)}}
-    undone, seen = flat(observed.adaptive), (flat(observed.adaptive) != 0).float()
-    if defence.nu > 0:
-        spread = torch.cat(
-            [torch.full((p[0].numel(),), defence.nu if path in victims.innate else 0.0) for path, p in params.items()]
-        )
-        found["adaptive"] = {
-            "cosine, rates and images": attack(observed.adaptive, study["images"], spread=spread, seen=seen)
-        }
-    elif torch.allclose(undone[:, 0], flat(observed.unaware)[:, 0], rtol=1e-5, atol=0) and bool(seen[:, 0].all()):
-        found["adaptive"] = {}
-    else:
-        found["adaptive"] = {"cosine, rule undone": attack(observed.adaptive, 1, seen=seen[:, :1])}
-    if defence.nu > 0:
-        seen = (flat(observed.exact) != 0).float()
-        found["knows rates"] = {"cosine, rates undone": attack(observed.exact, 1, seen=seen[:, :1])}
-    else:
-        found["knows rates"] = {}
-    return found
