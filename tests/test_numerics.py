@@ -242,7 +242,7 @@ def test_statistics_of_10_8_synapses():
 @pytest.mark.skipif("BIOFUNC_LARGE" not in os.environ, reason="10^8 synapses of every rule take minutes and 6 GB")
 @every_case
 def test_rules_of_10_8_synapses(row, settings):
-    """A leaf of 10^8 synapses that repeats one of 10^4 has the same statistics, and the same draws in its first rows."""
+    """A leaf of 10^8 synapses that repeats one of 10^4 has its statistics, and the draws of its first rows."""
     random.accelerate()
     small = {"w": 0.3 * random.normal(random.key(3), (100, 100))}
     params = {"w": small["w"].repeat(10**2, 10**2)}
