@@ -93,10 +93,11 @@ class Attachment:
         """What a checkpoint needs beside those of model and optimizer.
 
         Returns:
-            The state, the names of the rules, and the paths of parameters whose synapses may differ in age;
+            The state, the names of the rules, and by path whether the synapses of a parameter may differ in age;
             `torch.load(…, weights_only=True)` reads it after `import biofunc`.
         """
-        return {"state": self.state, "rules": self._names(), "aged": sorted(self._aged)}
+        aged = {path: path in self._aged for path in self._params}
+        return {"state": self.state, "rules": self._names(), "aged": aged}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Goes on from a checkpoint; model and optimizer load theirs by themselves.

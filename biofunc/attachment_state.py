@@ -47,4 +47,4 @@ def restored(
             raise ValueError(f"state_dict leaf '{path}' has shape {shapes}")
     structure = trees.flatten(given)[1]
     there = {path: placed(leaf.to(old[path].device, old[path].dtype), old[path]) for path, leaf in new.items()}
-    return trees.unflatten(structure, there), set(state_dict["aged"])
+    return trees.unflatten(structure, there), {path for path, aged in state_dict["aged"].items() if aged}

@@ -16,8 +16,15 @@ def bias_correction(decay: Hyperparameter, count: Tensor) -> Tensor:
 
         1 - decay^count = (1 - decay) + decay (1 - decay^(count - 1))
 
-    the factor decay leaves no trace of it. The derivative is off by an ulp of the count at most; the second derivative
-    at a decay of exactly 0 is lost, where a count of 2 has -2.
+    the factor hides the derivative that the logarithm does not have. The derivative is off by an ulp of the count at
+    most; the second derivative at a decay of exactly 0 is lost, where a count of 2 has -2.
+
+    Args:
+        decay: 0-d, in [0, 1).
+        count: observations, at least 1, of the floating dtype of the result.
+
+    Returns:
+        Shaped like count.
     """
     # Compiled for a CPU, expm1 is exp minus 1, which in float32 is off by 6e-8 / (1 - decay)
     t = count.double() if torch.compiler.is_compiling() and count.is_cpu else count

@@ -7,17 +7,15 @@ executed when it is read.
 
 import json
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from biofunc import checkpoint_file, trees
-from biofunc.chain import Chain
-from biofunc.checkpoint_layout import DEEPEST, Description, Saved, describe, parse
+from biofunc.checkpoint_layout import DEEPEST, Saved, describe, parse
 from biofunc.checkpoint_like import ABSENT, fit, placed
-from biofunc.checkpoint_rules import check_rules, describe_rules
+from biofunc.checkpoint_rules import Rules, check_rules, describe_rules, parse_rules
 from biofunc.sharding import is_sharded
 from biofunc.trees import Leaves, Tree
 
@@ -27,7 +25,7 @@ FORMAT = "biofunc.checkpoint"
 VERSION = 1
 
 
-def save(path: str | os.PathLike[str], tree: Tree, rules: Chain | Sequence[Any] | None = None) -> None:
+def save(path: str | os.PathLike[str], tree: Tree, rules: Rules | None = None) -> None:
     """Writes a tree into a file that replaces the one before, whole or not at all.
 
     It is written beside the path under a name that begins with a dot and ends with `.tmp`, flushed to the disk, and
@@ -46,12 +44,13 @@ def save(path: str | os.PathLike[str], tree: Tree, rules: Chain | Sequence[Any] 
         tree: any nesting of dicts with string or integer keys, lists, tuples and BioStates, of ensembles too, that
             holds tensors, numbers, strings and None: `{"params": params, "state": state, "epoch": 3}`, or what
             `state_dict` gives. NamedTuples and nodes registered with optree are saved too; to load them takes `like`.
-        rules: the chain, or a sequence of rules, whose names, periods, selections and bound hyperparameters are kept,
-            for `load` to compare: schedules with their arguments, functions of your own by name, with what a
-            `functools.partial` of them binds.
+        rules: the chain, what `attach` returned, or a sequence of rules. Names, periods, selections and bound
+            hyperparameters are kept for `load` to compare: tensors by their bits, schedules with their arguments,
+            functions of your own by name, with what a `functools.partial` binds, which a closure does not show.
 
     Raises:
         TypeError, ValueError: something in the tree cannot be saved; nothing was written then.
+        RuntimeError: another process that saves a part failed in a way that only words can tell.
         OSError: it could not be written; what was there before is as it was.
         ModuleNotFoundError: safetensors is not installed.
     """
@@ -59,7 +58,7 @@ def save(path: str | os.PathLike[str], tree: Tree, rules: Chain | Sequence[Any] 
     def described() -> tuple[Leaves, dict[str, str]]:
         checkpoint_file.safetensors()
         tensors: Leaves = {}
-        return tensors, _metadata({"tree": describe(tree, "", tensors), "rules": describe_rules(rules, tensors)})
+        return tensors, _metadata({"tree": describe(tree, "", tensors), "rules": describe_rules(rules)})
 
     if _is_spread(tree):
         from biofunc import checkpoint_sharded
@@ -79,7 +78,7 @@ def _is_spread(tree: Tree) -> bool:
 def load(
     path: str | os.PathLike[str],
     like: Tree | None = None,
-    rules: Chain | Sequence[Any] | None = None,
+    rules: Rules | None = None,
     device: torch.device | str | None = None,
 ) -> Tree:
     """Reads what `save` wrote; nothing in the file is executed.
@@ -88,8 +87,8 @@ def load(
         path: the file or folder.
         like: a tree of the same structure, shapes and dtypes, such as the one that the run starts with; the tensors
             come to its devices and placements, and the keys of dicts into its order. Its values are not used.
-        rules: the chain or the rules with which the run goes on: they must be those that were saved, in name, order,
-            period, selection and bound hyperparameters.
+        rules: the chain, the attachment or the rules with which the run goes on: they must be those that were saved,
+            in name, order, period, selection and bound hyperparameters.
         device: where plain tensors come to; default: to the devices of `like`, else to the CPU.
 
     Returns:
@@ -111,8 +110,9 @@ def load(
         try:
             return _loaded(path, data, spread, like, rules, device)
         except (ValueError, OSError):
-            # Other processes may have saved meanwhile, and removed the parts that this index names
-            if not spread or checkpoint_file.read(file) == data:
+            # Others may have saved meanwhile, and removed the parts that this index names. Processes that load DTensors
+            # together do not go on from two checkpoints: for them it stays an error
+            if not spread or _is_spread(like) or checkpoint_file.read(file) == data:
                 raise
 
 
@@ -128,11 +128,8 @@ def _loaded(path: str, data: bytes, spread: bool, like: Tree, rules: Any, device
             from biofunc import checkpoint_sharded
 
             tensors = checkpoint_sharded.shapes(path, metadata)
-        tree, saved_rules, names = parsed(metadata, tensors)
-        if spread and rules is not None:  # to compare hyperparameters that are tensors takes their values
-            bound: Leaves = {name: torch.empty_like(tensors[name], device="cpu") for name in names}
-            checkpoint_sharded.fill(path, metadata, bound)
-            tree, saved_rules, _ = parsed(metadata, {**tensors, **bound})
+        tree = _parsed(metadata, tensors)
+        saved_rules = parse_rules(metadata.get("rules", ""))
     except ValueError as error:
         raise ValueError(f"'{path}' is damaged: {error}; go back to a checkpoint that is whole") from None
     if rules is not None:
@@ -149,7 +146,7 @@ def _loaded(path: str, data: bytes, spread: bool, like: Tree, rules: Any, device
     return loaded
 
 
-def _metadata(described: dict[str, Description]) -> dict[str, str]:
+def _metadata(described: dict[str, Any]) -> dict[str, str]:
     from biofunc import __version__
 
     texts = {name: json.dumps(part, allow_nan=False, separators=(",", ":")) for name, part in described.items()}
@@ -158,7 +155,14 @@ def _metadata(described: dict[str, Description]) -> dict[str, str]:
 
 
 def check_version(metadata: dict[str, str]) -> None:
-    """Refuses what is no checkpoint, or one of another version of the format."""
+    """Refuses what is no checkpoint, or one of another version of the format.
+
+    Args:
+        metadata: of a file or an index.
+
+    Raises:
+        ValueError: as the message says.
+    """
     if metadata.get("format") != FORMAT:
         raise ValueError(
             f"its format is {metadata.get('format')!r}, not '{FORMAT}': bf.save did not write it, or it is damaged"
@@ -170,43 +174,18 @@ def check_version(metadata: dict[str, str]) -> None:
         )
 
 
-def parsed(metadata: dict[str, str], tensors: Leaves) -> tuple[Any, Any, set[str]]:
-    """The tree and the rules, with `Saved` for tensors, out of metadata that nobody vouches for.
-
-    Args:
-        metadata: of a file or an index.
-        tensors: by name.
-
-    Returns:
-        The tree, the rules, and the names of the tensors that the rules hold.
-
-    Raises:
-        ValueError: the metadata are not what `save` writes.
-    """
+def _parsed(metadata: dict[str, str], tensors: Leaves) -> Any:
+    """The tree, with `Saved` for its tensors, out of metadata that nobody vouches for."""
     used: set[str] = set()
-    parts = []
-    for name in ("tree", "rules"):
-        try:
-            layout = json.loads(metadata.get(name, ""), parse_constant=_refuse)
-            of_tree = frozenset(used)
-            parts.append(parse(layout, tensors, "" if name == "tree" else name, used, references=name == "rules"))
-        except RecursionError:
-            raise ValueError(f"its {name} is nested deeper than {DEEPEST}") from None
-        except ValueError as error:
-            raise ValueError(f"its {name} is damaged, {error}") from None
+    try:
+        tree = parse(json.loads(metadata.get("tree", ""), parse_constant=_refuse), tensors, "", used)
+    except RecursionError:
+        raise ValueError(f"its tree is nested deeper than {DEEPEST}") from None
+    except ValueError as error:
+        raise ValueError(f"its tree is damaged, {error}") from None
     for name in sorted(tensors.keys() - used):
         raise ValueError(f"the tree has no place for its tensor '{name}'")
-    tree, rules = parts
-    for rule in [] if rules is None else rules if isinstance(rules, list) else [rules]:
-        match rule:
-            case {"name": str(), "around": list(around), "within": list(), "bound": dict()} if _are_texts(around):
-                continue
-        raise ValueError("its rules are damaged")
-    return tree, rules, used - of_tree
-
-
-def _are_texts(values: list[Any]) -> bool:
-    return all([type(value) is str for value in values])
+    return tree
 
 
 def _refuse(token: str) -> None:

@@ -5,8 +5,6 @@ themselves. No class is looked up by a name out of a file, so that nothing which
 """
 
 import dataclasses
-import functools
-import numbers
 import re
 import struct
 from collections import OrderedDict
@@ -56,9 +54,6 @@ class Saved:
     name: str
     tensor: Tensor
 
-    def __repr__(self) -> str:
-        return f"a tensor of shape {tuple(self.tensor.shape)}" if self.tensor.is_meta else repr(self.tensor.tolist())
-
 
 @dataclasses.dataclass(frozen=True)
 class Foreign:
@@ -68,32 +63,13 @@ class Foreign:
     children: dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
-class Reference:
-    """A function among hyperparameters: its name, with what a `functools.partial` binds or a dataclass holds.
-
-    Of other objects the name of the class stands for them.
-    """
-
-    name: str
-    arguments: list[Any]
-    keywords: dict[str, Any]
-
-    def __repr__(self) -> str:
-        if not self.arguments and not self.keywords:
-            return self.name
-        keywords = [f"{keyword}={value!r}" for keyword, value in self.keywords.items()]
-        return f"{self.name}({', '.join([*map(repr, self.arguments), *keywords])})"
-
-
-def describe(tree: Tree, path: str, tensors: Leaves, *, references: bool = False, depth: int = 0) -> Description:
+def describe(tree: Tree, path: str, tensors: Leaves, depth: int = 0) -> Description:
     """The layout of a tree.
 
     Args:
         tree: what is saved.
         path: where it stands in the whole, for names and messages.
         tensors: takes up the tensors by name.
-        references: whether functions and other objects may occur, to be kept by name.
         depth: how deep it stands.
 
     Returns:
@@ -107,9 +83,9 @@ def describe(tree: Tree, path: str, tensors: Leaves, *, references: bool = False
         raise ValueError(f"{at(path[:60] + '…')} is nested deeper than {DEEPEST}; does the tree contain itself?")
 
     def inner(key: Any, child: Any) -> Description:
-        return describe(child, joined(path, key), tensors, references=references, depth=depth + 1)
+        return describe(child, joined(path, key), tensors, depth + 1)
 
-    tree = _plain_number(tree, references)
+    tree = _plain_number(tree)
     kind = type(tree)
     if isinstance(tree, Tensor):
         check_tensor(tree, path)
@@ -139,33 +115,31 @@ def describe(tree: Tree, path: str, tensors: Leaves, *, references: bool = False
     if node is not None:
         entries, children, _ = node
         items = [[str(entry), inner(entry, child)] for entry, child in zip(entries, children, strict=True)]
-        return {"node": _name_of(kind), "children": items}
-    if references and kind is functools.partial:
-        bound = {"arguments": inner("arguments", list(tree.args)), "keywords": inner("keywords", tree.keywords)}
-        return {"reference": _name_of(tree.func), **bound}
-    if references and dataclasses.is_dataclass(kind):
-        fields = {field.name: getattr(tree, field.name) for field in dataclasses.fields(kind)}
-        return {"reference": _name_of(kind), "arguments": inner("arguments", []), "keywords": inner("keywords", fields)}
-    if references:
-        return {"reference": _name_of(tree)}
+        return {"node": name_of(kind), "children": items}
     raise TypeError(
         f"{at(path)} is {kind.__name__}; a checkpoint holds tensors, dicts, lists, tuples, BioStates, nodes that are "
         "registered with optree, and int, float, str, bool and None: convert it to one of them"
     )
 
 
-def _plain_number(value: Any, references: bool) -> Any:
-    """NumPy's numbers as Python's, any number among hyperparameters as a float; all else as it is."""
-    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
+def _plain_number(value: Any) -> Any:
+    """NumPy's numbers as Python's, without a digit less; all else as it is."""
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == () and value.dtype.kind in "biuf":
         number = value.item()
         return number if type(number) in (bool, int, float) else value
-    if isinstance(value, bool | int | float) or not references or not isinstance(value, numbers.Real):
-        return value
-    return float(value)
+    return value
 
 
 def check_tensor(tensor: Tensor, path: str) -> None:
-    """Refuses a tensor whose bits a checkpoint would not give back."""
+    """Refuses a tensor whose bits a checkpoint would not give back.
+
+    Args:
+        tensor: what is to be saved.
+        path: where it stands.
+
+    Raises:
+        TypeError: the message says what about it, and the remedy.
+    """
     problem = None
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         problem = "is inside vmap or grad; save outside, where the whole ensemble is one tensor"
@@ -181,9 +155,7 @@ def check_tensor(tensor: Tensor, path: str) -> None:
         raise TypeError(f"{at(path)} {problem}")
 
 
-def parse(
-    layout: Description, tensors: Mapping[str, Tensor], path: str, used: set[str], *, references: bool = False
-) -> Any:
+def parse(layout: Description, tensors: Mapping[str, Tensor], path: str, used: set[str]) -> Any:
     """The tree of a layout, with `Saved` for tensors and `Foreign` for nodes of classes that a file cannot make.
 
     Args:
@@ -191,7 +163,6 @@ def parse(
         tensors: the tensors by name.
         path: where it stands in the whole.
         used: takes up the names of tensors that occur.
-        references: whether functions may occur.
 
     Returns:
         The tree.
@@ -201,7 +172,7 @@ def parse(
     """
 
     def inner(key: Any, child: Description) -> Any:
-        return parse(child, tensors, joined(path, key), used, references=references)
+        return parse(child, tensors, joined(path, key), used)
 
     if layout is None or type(layout) in (bool, int, float, str):
         return layout
@@ -241,12 +212,6 @@ def parse(
                 if not (isinstance(item, list) and len(item) == 2 and isinstance(item[0], str)):
                     raise ValueError(f"{at(path)} has an entry without name and value")
             return Foreign(name, {entry: inner(entry, child) for entry, child in items})
-        case {"reference": str(name), **rest} if not rest and references:
-            return Reference(name, [], {})
-        case {"reference": str(name), "arguments": arguments, "keywords": keywords, **rest} if not rest and references:
-            bound = inner("arguments", arguments), inner("keywords", keywords)
-            if [type(part) for part in bound] == [list, dict] and all([type(word) is str for word in bound[1]]):
-                return Reference(name, *bound)
     raise ValueError(f"{at(path)} is {str(layout)[:60]}, which bf.save does not write")
 
 
@@ -296,6 +261,7 @@ def _unique(path: str, taken: Leaves) -> str:
     return name
 
 
-def _name_of(thing: Any) -> str:
+def name_of(thing: Any) -> str:
+    """Where a function or class is defined, or the class of another object."""
     named = thing if hasattr(thing, "__qualname__") else type(thing)
     return f"{named.__module__}.{named.__qualname__}"

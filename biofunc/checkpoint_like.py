@@ -30,7 +30,7 @@ def fit(tree: Any, like: Any, place: Place, path: str = "") -> Any:
         path: where it stands in the whole.
 
     Returns:
-        The tree; the keys of dicts are in the order of `like`.
+        The tree; the keys of dicts are in the order of `like`, lists and tuples are what they are there.
 
     Raises:
         ValueError: the two differ, or the tree holds a node of a class that `like` alone can supply.
@@ -49,13 +49,14 @@ def fit(tree: Any, like: Any, place: Place, path: str = "") -> Any:
         return tree
     if like is ABSENT:
         pairs = [(key, child, ABSENT) for key, child in _items(tree)]
-    elif type(like) is not type(tree):
+    elif type(like) is not type(tree) and not {type(like), type(tree)} <= {list, tuple}:  # torch takes either
         raise ValueError(_differ(path, _shown(tree), _shown(like)))
     else:
         _check_keys(path, [key for key, _ in _items(tree)], [key for key, _ in _items(like)])
         pairs = [(key, tree[key], child) for key, child in _items(like)]
     fitted = [(key, fit(child, other, place, joined(path, key))) for key, child, other in pairs]
-    return type(tree)(fitted if isinstance(tree, dict) else [child for _, child in fitted])
+    kind = type(tree) if like is ABSENT else type(like)
+    return kind(fitted if isinstance(tree, dict) else [child for _, child in fitted])
 
 
 def _differ(path: str, saved: str, given: str) -> str:

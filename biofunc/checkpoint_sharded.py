@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import secrets
 import shutil
@@ -98,7 +99,10 @@ def write(path: str, described: Callable[[], tuple[Leaves, dict[str, str]]]) -> 
     parts = f"tensors-{first[1]}"
     try:
         _together(lambda: _make_folders(path, parts))
-        files = _together(lambda: _write_part(os.path.join(path, parts), tensors))
+        taken: set[int] = set()
+        own: Leaves = {}
+        _together(lambda: own.update({name: _separate(tensor, taken) for name, tensor in tensors.items()}))
+        files = _together(lambda: _write_part(os.path.join(path, parts), own))
         checksums = {name: digest for part in files for name, digest in part}
         index = {**metadata, "parts": parts, "files": json.dumps(checksums)}
 
@@ -113,9 +117,17 @@ def write(path: str, described: Callable[[], tuple[Leaves, dict[str, str]]]) -> 
             shutil.rmtree(os.path.join(path, parts), ignore_errors=True)
         raise
     if dist.get_rank() == 0:
-        for other in os.listdir(path):
+        for other in _listed(path):
             if PARTS.fullmatch(other) and other != parts:
                 shutil.rmtree(os.path.join(path, other), ignore_errors=True)
+
+
+def _listed(folder: str) -> list[str]:
+    """What lies in a folder; nothing where that cannot be told, for who cannot look removes nothing."""
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
 
 
 def _summary(tensors: Leaves, metadata: Mapping[str, str]) -> str:
@@ -141,15 +153,15 @@ def _is_current(path: str, parts: str) -> bool:
 def _make_folders(path: str, parts: str) -> None:
     if dist.get_rank() == 0:
         checkpoint_file.check_folder(os.path.dirname(path))
+        if os.path.exists(path) and not os.path.isdir(path):
+            raise OSError(errno.ENOTDIR, "cannot save, a tree with DTensors takes a folder and this is a file", path)
         os.makedirs(os.path.join(path, parts))
 
 
 def _write_part(folder: str, tensors: Leaves) -> list[tuple[str, str]]:
     """Writes what falls to this process; names and checksums of its files."""
-    taken: set[int] = set()
-    separate = {name: _separate(tensor, taken) for name, tensor in tensors.items()}
     try:
-        save(separate, storage_writer=HuggingFaceStorageWriter(folder, save_distributed=True))
+        save(tensors, storage_writer=HuggingFaceStorageWriter(folder, save_distributed=True))
     except CheckpointException as error:
         raise _of_system(error, "cannot save ({}); what was there before is as it was", folder) from None
     mine = f"shard-{dist.get_rank() + 1:05d}-"
@@ -176,19 +188,29 @@ def _separate(tensor: Tensor, taken: set[int]) -> Tensor:
 
 
 def _together(work: Callable[[], Any]) -> list[Any]:
-    """Does something on each process; all get the results of all, or the error of the first that failed."""
+    """Does something on each process; all get the results of all, or raise where one of them failed."""
     result, failure = None, None
     try:
         result = work()
     except Exception as error:  # the others wait: they must hear of whatever went wrong
-        known = type(error).__module__ == "builtins"  # one of a library may not survive the way to other processes
-        failure = error if known else RuntimeError(f"{type(error).__name__}: {error}")
+        failure = error
     outcomes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, (result, failure))
-    for _, failure in outcomes:
-        if failure is not None:
-            raise failure
+    dist.all_gather_object(outcomes, (result, None if failure is None else _portable(failure)))
+    if failure is not None:
+        raise failure
+    for _, other in outcomes:
+        if other is not None:
+            raise other
     return [result for result, _ in outcomes]
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or one that says the same where it would not survive the way to other processes."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # pickle raises all kinds
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def checksum(path: str) -> str:

@@ -17,7 +17,15 @@ def finite_mean(values: Tensor) -> Tensor:
 
 
 def finite_means(*leaves: Tensor) -> list[Tensor]:
-    """`finite_mean` of leaves that are finite at the same places, which count once: a weight and its size."""
+    """`finite_mean` of leaves that are finite at the same places, which count once: a weight and its size.
+
+    Args:
+        leaves: of one shape. Whether they are finite is looked up in the first: where another one is not finite at
+            other places, its mean is wrong.
+
+    Returns:
+        A 0-d mean for each.
+    """
     values, held = leaves[0], [local(leaf) for leaf in leaves]
     finite = held[0].abs() < torch.inf
     if torch.compiler.is_compiling():

@@ -5,10 +5,11 @@ casts the value, so that a schedule costs no precision and no recompilation. The
 over them with `vmap`. The step is that of a chain; a rule called alone does not advance it.
 """
 
+import dataclasses
 import math
 import numbers
 from collections.abc import Callable, Mapping
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,21 @@ __all__ = ["constant", "cosine", "exponential", "linear", "piecewise"]
 
 Schedule = Callable[[Tensor | int], Tensor]
 """Of the step as a 0-d tensor; those of this file take an int too, to look at or to plot."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class _Schedule:
+    """A formula with its arguments; a class, so that it can be pickled, printed and compared."""
+
+    name: str
+    formula: Callable[..., Tensor]
+    arguments: tuple[Any, ...]
+
+    def __call__(self, step: Tensor | int) -> Tensor:
+        return self.formula(*self.arguments, step)
+
+    def __repr__(self) -> str:
+        return f"schedules.{self.name}({', '.join(map(repr, self.arguments))})"
 
 
 def constant(value: float | Tensor) -> Schedule:
@@ -29,11 +45,11 @@ def constant(value: float | Tensor) -> Schedule:
         `step -> value`.
 
     Raises:
-        ValueError: the value is NaN.
+        ValueError: the value is NaN or -inf.
         TypeError: it is no number or tensor.
     """
     _check_value("value", value)
-    return partial(_constant, value)
+    return _Schedule("constant", _constant, (value,))
 
 
 def _constant(value: float | Tensor, step: Tensor | int) -> Tensor:
@@ -57,7 +73,7 @@ def linear(start: float | Tensor, stop: float | Tensor, steps: int) -> Schedule:
     """
     _check_steps(steps)
     _check_finite(start=start, stop=stop)
-    return partial(_linear, start, stop, steps)
+    return _Schedule("linear", _linear, (start, stop, steps))
 
 
 def _linear(start: float | Tensor, stop: float | Tensor, steps: int, step: Tensor | int) -> Tensor:
@@ -81,7 +97,7 @@ def cosine(start: float | Tensor, stop: float | Tensor, steps: int) -> Schedule:
     """
     _check_steps(steps)
     _check_finite(start=start, stop=stop)
-    return partial(_cosine, start, stop, steps)
+    return _Schedule("cosine", _cosine, (start, stop, steps))
 
 
 def _cosine(start: float | Tensor, stop: float | Tensor, steps: int, step: Tensor | int) -> Tensor:
@@ -108,7 +124,7 @@ def exponential(start: float | Tensor, factor: float | Tensor, steps: int) -> Sc
     if not isinstance(factor, Tensor) and not factor > 0:
         raise ValueError(f"factor is {factor}; it must be positive")
     _check_finite(start=start, factor=factor)
-    return partial(_exponential, start, factor, steps)
+    return _Schedule("exponential", _exponential, (start, factor, steps))
 
 
 def _exponential(start: float | Tensor, factor: float | Tensor, steps: int, step: Tensor | int) -> Tensor:
@@ -127,7 +143,7 @@ def piecewise(start: float | Tensor, values: Mapping[int, float | Tensor]) -> Sc
         `step -> the value of the last step named that is not later, else start`.
 
     Raises:
-        ValueError: a step is below 1 or beyond 2^63, or a value is NaN.
+        ValueError: a step is below 1 or beyond 2^63, or a value is NaN or -inf.
         TypeError: values is no dict, a step no integer, or a value no number or tensor.
     """
     if not isinstance(values, Mapping):
@@ -141,7 +157,7 @@ def piecewise(start: float | Tensor, values: Mapping[int, float | Tensor]) -> Sc
             raise ValueError(f"values names step {step}; steps are counted up to 2^63")
     for name, value in {"start": start, **{f"values[{step}]": value for step, value in values.items()}}.items():
         _check_value(name, value)
-    return partial(_piecewise, start, dict(sorted(values.items())))
+    return _Schedule("piecewise", _piecewise, (start, dict(sorted(values.items()))))
 
 
 def _piecewise(start: float | Tensor, values: Mapping[int, float | Tensor], step: Tensor | int) -> Tensor:
@@ -162,7 +178,7 @@ def _exact(step: Tensor | int) -> Tensor:
 
 def _check_value(name: str, value: float | Tensor) -> None:
     _check_number(name, value)
-    if not isinstance(value, Tensor) and value != value:
+    if not isinstance(value, Tensor) and not value > -math.inf:
         raise ValueError(f"{name} is {value}; it must be a number or inf")
 
 

@@ -149,6 +149,9 @@ def fail(mesh, folder):
     refused(TypeError, "'odd' is object", lambda: bf.save(folder / "kept", odd))
     alone = {"sums": partial_sums if rank else big["big"]}
     refused(TypeError, "'sums' has placements", lambda: bf.save(folder / "kept", alone))
+    local = big["big"].to_local().to(torch.complex64)
+    twisted = {"twisted": DTensor.from_local(local.conj() if rank else local, mesh, [Shard(0)])}
+    refused(TypeError, "call resolve_conj", lambda: bf.save(folder / "kept", twisted))
     refused(FileNotFoundError, "make the folder first", lambda: bf.save(folder / "no" / "folder", big))
     refused(ValueError, "'big' is in like and not", lambda: bf.load(folder / "kept", like={**tree(mesh), **big}))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -242,10 +245,12 @@ def main():
             deadline = time.monotonic() + SECONDS
             while not (folder / "killed" / "index.safetensors").exists() and time.monotonic() < deadline:
                 time.sleep(0.01)
-            counts["loads beside saves"] += load_beside(folder / "killed", 0.5)
-            time.sleep(chance.uniform(0, 0.3))
-            chance.shuffle(children)
-            kill(children)
+            try:
+                counts["loads beside saves"] += load_beside(folder / "killed", 0.5)
+                time.sleep(chance.uniform(0, 0.3))
+            finally:
+                chance.shuffle(children)
+                kill(children)
             counts["kills"] += 1
             counts["parts left by a kill"] += len(list((folder / "killed").glob("tensors-*"))) > 1
             run = bf.load(folder / "killed")

@@ -114,6 +114,7 @@ ROWS = [
     # schedules
     (lambda w: schedules.constant("0.1"), T, "value is '0.1'; it must be a number or a 0-d tensor"),
     (lambda w: schedules.constant(math.nan), V, "value is nan; it must be a number or inf"),
+    (lambda w: schedules.constant(-math.inf), V, "value is -inf; it must be a number or inf"),
     (lambda w: schedules.linear(0, math.inf, 10), V, "stop is inf; it must be finite"),
     (lambda w: schedules.linear(0, 1, "10"), T, "steps is '10'; a number of steps is an integer"),
     (lambda w: schedules.linear(0, 1, math.nan), T, "steps is nan; a number of steps is an integer"),

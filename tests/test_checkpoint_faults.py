@@ -127,7 +127,7 @@ FORGED = {
     "no tree": ({"tree": ""}, {}, "its tree is damaged"),
     "a bomb of brackets": ({"tree": DEEP}, {}, "its tree is nested deeper than 100"),
     "a bomb of lists": ({"tree": NESTED}, {}, "its tree is nested deeper than 100"),
-    "rules that are a bomb": ({"rules": DEEP}, {}, "its rules is nested deeper than 100"),
+    "rules that are a bomb": ({"rules": DEEP}, {}, "its rules are damaged"),
     "a missing tensor": (
         {"tree": json.dumps({"list": [W, {**W, "tensor": "v"}]})},
         {},

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from sharded_saves import same, tree, whole
 from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import biofunc as bf
 from biofunc import checkpoint_file, checkpoint_sharded
@@ -175,8 +175,52 @@ def test_an_error_that_cannot_travel_is_told_by_its_name(mesh):
     def fail():
         raise StrangeError("no", "luck")
 
-    with pytest.raises(RuntimeError, match="StrangeError: no luck"):
+    with pytest.raises(StrangeError, match="no luck"):  # here it is what it was
         checkpoint_sharded._together(fail)
+    for error in (StrangeError("no", "luck"), ValueError("no luck", lambda: 0)):
+        told = checkpoint_sharded._portable(error)
+        assert type(told) is RuntimeError
+        assert str(told) == f"{type(error).__name__}: {error}"
+    assert type(checkpoint_sharded._portable(KeyError("w"))) is KeyError
+
+
+@pytest.mark.parametrize("step", ["shapes", "fill"])
+def test_a_save_beside_a_load(saved, mesh, monkeypatch, step):
+    """The parts are removed under the hands of a load: it takes the new ones, unless it is one of several processes."""
+    work = getattr(checkpoint_sharded, step)
+
+    def interrupted(*arguments):
+        if len(calls) < 1:
+            calls.append(arguments)
+            bf.save(saved, tree(mesh, moved=True))
+        return work(*arguments)
+
+    monkeypatch.setattr(checkpoint_sharded, step, interrupted)
+    calls = []
+    assert same(bf.load(saved), tree(moved=True))
+    assert calls
+    calls = []
+    with pytest.raises((ValueError, OSError), match=r"is missing|cannot load|No such file"):
+        bf.load(saved, like=tree(mesh))
+    assert same(bf.load(saved, like=tree(mesh)), tree(moved=True))
+
+
+def test_a_hyperparameter_may_be_a_dtensor(mesh, tmp_path):
+    def rules(lr):
+        return [bf.descend(distribute_tensor(torch.tensor(lr), mesh, [Replicate()]))]
+
+    for leaf in (1, distribute_tensor(torch.ones(3), mesh, [Shard(0)])):
+        bf.save(tmp_path / f"{type(leaf)}", {"w": leaf}, rules=rules(0.5))
+        bf.load(tmp_path / f"{type(leaf)}", rules=rules(0.5))
+        with pytest.raises(ValueError, match=r"descend: lr is 0\.5 in the checkpoint and 0\.25 here"):
+            bf.load(tmp_path / f"{type(leaf)}", rules=rules(0.25))
+
+
+def test_a_file_is_not_replaced_by_a_folder(mesh, tmp_path):
+    bf.save(tmp_path / "run", {"w": torch.ones(3)})
+    with pytest.raises(NotADirectoryError, match="takes a folder and this is a file"):
+        bf.save(tmp_path / "run", {"w": distribute_tensor(torch.ones(3), mesh, [Shard(0)])})
+    assert same(bf.load(tmp_path / "run"), {"w": torch.ones(3)})
 
 
 def test_parts_that_the_index_names_stay_whatever_fails_after(saved, mesh, monkeypatch):
