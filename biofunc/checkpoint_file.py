@@ -84,7 +84,14 @@ def write(path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
 
 
 def check_folder(folder: str) -> None:
-    """Refuses a folder that is not there."""
+    """Refuses a folder that is not there.
+
+    Args:
+        folder: its path.
+
+    Raises:
+        OSError: it is missing, no folder, or out of reach.
+    """
     try:
         mode = os.stat(folder).st_mode
     except OSError as error:
@@ -129,7 +136,14 @@ def _is_left_over(name: str, base: str) -> bool:
 
 
 def sync_folder(folder: str) -> None:
-    """Makes renames in a folder outlive a power cut, where folders can be opened."""
+    """Makes renames in a folder outlive a power cut, where folders can be opened.
+
+    Args:
+        folder: its path.
+
+    Raises:
+        OSError: it cannot be flushed.
+    """
     if os.name == "nt":
         return
     handle = os.open(folder, os.O_RDONLY)

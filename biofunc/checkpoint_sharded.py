@@ -58,7 +58,19 @@ def check_placements(tensors: Mapping[str, Tensor]) -> None:
 
 
 def distributed(saved: Tensor, like: DTensor, path: str) -> Tensor:
-    """A tensor of a checkpoint as a DTensor, see `checkpoint_like.placed`."""
+    """A tensor of a checkpoint as a DTensor.
+
+    Args:
+        saved: its values, or shape and dtype on the meta device.
+        like: has the placements.
+        path: where it stands, for messages.
+
+    Returns:
+        The DTensor, yet to be filled where the values are not there.
+
+    Raises:
+        TypeError: the placements are neither Shard nor Replicate.
+    """
     check_placements({path: like})
     if saved.is_meta:
         return torch.empty_like(like.detach(), memory_format=torch.contiguous_format)
@@ -214,7 +226,17 @@ def _portable(error: Exception) -> Exception:
 
 
 def checksum(path: str) -> str:
-    """SHA-256 of a file."""
+    """SHA-256 of a file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Hexadecimal digits.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

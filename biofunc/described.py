@@ -15,7 +15,14 @@ STATIC = ("fresh", "layout")
 
 
 def describe(tree: Any) -> list[Any]:
-    """A tree without its numbers, as lists, texts and numbers: `[kind, ...]`."""
+    """A tree without its numbers.
+
+    Args:
+        tree: of dicts, lists, tuples, BioStates and tensors; of all else the class alone is told.
+
+    Returns:
+        Lists, texts and numbers, `[kind, ...]`, which `json.dumps` takes.
+    """
     name = type(tree).__name__
     if isinstance(tree, Tensor):
         return ["tensor", str(tree.dtype).removeprefix("torch."), list(tree.shape), tree.device.type]
@@ -48,7 +55,14 @@ def build(description: list[Any]) -> Any:
 
 
 def unbuildable(description: list[Any]) -> str | None:
-    """The first class in a described tree of which nothing but its name is known."""
+    """The first class in a described tree of which nothing but its name is known.
+
+    Args:
+        description: from `describe`.
+
+    Returns:
+        The name, or None: `build` makes the tree.
+    """
     kind, *rest = description
     if kind == "other":
         return str(rest[0])

@@ -33,7 +33,15 @@ WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
 def philox(key: tuple[Word, Word], counter: tuple[Word, Word, Word, Word]) -> list[Tensor]:
-    """The block of four words at a counter."""
+    """The block of four words at a counter.
+
+    Args:
+        key: two words.
+        counter: four words.
+
+    Returns:
+        Four words, int64.
+    """
     k0, k1 = key
     c0, c1, c2, c3 = counter
     for round_ in range(ROUNDS):
@@ -64,7 +72,17 @@ def blocks(seed: Tensor, offset: Tensor, low: Word, high: Word = 0, domain: int 
 
 
 def derive(key: Tensor, low: Word, high: Word = 0, domain: int = 0) -> Tensor:
-    """The key that the block at a counter makes: its words as two int64."""
+    """The key that the block at a counter makes: its words as two int64.
+
+    Args:
+        key: int64 `(..., 2)`.
+        low: low word of the counter, broadcast with the keys.
+        high: its high word.
+        domain: the domain of counters.
+
+    Returns:
+        int64 `(..., 2)`.
+    """
     if through_operator(key) and not torch.compiler.is_compiling():
         _, *spread = torch.broadcast_tensors(  # type: ignore[no-untyped-call]
             *(key[..., 0], torch.as_tensor(low, device=key.device), torch.as_tensor(high, device=key.device))
