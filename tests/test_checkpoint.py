@@ -392,7 +392,7 @@ def halving(every, step):
 
 
 def only(*names):
-    model = torch.nn.Sequential(OrderedDict((name, torch.nn.Linear(3, 3)) for name in ("fc1", "fc2")))
+    model = torch.nn.Sequential(OrderedDict((name, torch.nn.Linear(3, 3, device="meta")) for name in ("fc1", "fc2")))
     return {f"{name}.{kind}": name in names for name in ("fc1", "fc2") for kind in ("weight", "bias")}, model
 
 
@@ -486,7 +486,7 @@ OPAQUE = {
     "meta tensor": torch.ones(3, device="meta"),
     "array of objects": np.array([object()]),
     "cycle": cyclic(),
-    "module": torch.nn.Linear(2, 2),
+    "module": torch.nn.Linear(2, 2, device="meta"),
     "method": Method().rate,
 }
 
