@@ -30,6 +30,8 @@ def restored(
     given = state_dict["state"]
     if not isinstance(given, BioState):
         raise TypeError(f"state_dict['state'] is {type(given).__name__}, not a BioState")
+    if not isinstance(state_dict["aged"], Mapping):
+        raise TypeError(f"state_dict['aged'] is {type(state_dict['aged']).__name__}, not a dict of paths")
     if state_dict["rules"] != names:
         raise ValueError(f"state_dict was made by the rules {state_dict['rules']}, attached are {names}")
     if given.layout != state.layout:

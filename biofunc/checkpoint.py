@@ -125,9 +125,9 @@ def _loaded(path: str, data: bytes, spread: bool, like: Tree, rules: Any, device
     try:
         tensors = checkpoint_file.tensors_of(data)
         if spread:
-            from biofunc import checkpoint_sharded
+            from biofunc import checkpoint_parts
 
-            tensors = checkpoint_sharded.shapes(path, metadata)
+            tensors = checkpoint_parts.shapes(path, metadata)
         tree = _parsed(metadata, tensors)
         saved_rules = parse_rules(metadata.get("rules", ""))
     except ValueError as error:
@@ -142,7 +142,7 @@ def _loaded(path: str, data: bytes, spread: bool, like: Tree, rules: Any, device
 
     loaded = fit(tree, ABSENT if like is None else like, place)
     if spread:
-        checkpoint_sharded.fill(path, metadata, targets)
+        checkpoint_parts.fill(path, metadata, targets)
     return loaded
 
 

@@ -698,6 +698,7 @@ def other_rates(path, rate):
         (dict, KeyError, "state_dict has no 'state'"),
         (lambda: {"state": rejuvenating().state}, KeyError, "state_dict has no 'rules'"),
         (lambda: dict([*rejuvenating().state_dict().items()][:2]), KeyError, "state_dict has no 'aged'"),
+        (lambda: {**rejuvenating().state_dict(), "aged": ["w"]}, TypeError, r"state_dict\['aged'\] is list, not"),
         (
             lambda: rejuvenating().state_dict() | {"state": {}},
             TypeError,

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import biofunc as bf
-from biofunc import checkpoint_file, checkpoint_sharded
+from biofunc import checkpoint_file, checkpoint_parts, checkpoint_sharded
 
 HERE = pathlib.Path(__file__).parent
 
@@ -144,7 +144,7 @@ def forged(folder, offsets, shape):
     part.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
     index = checkpoint_file.metadata_of((folder / "index.safetensors").read_bytes())
     del index["sha256"]
-    index["files"] = json.dumps({part.name: checkpoint_sharded.checksum(str(part))})
+    index["files"] = json.dumps({part.name: checkpoint_parts.checksum(str(part))})
     index["tree"] = json.dumps({"dict": [["w", {"tensor": "w", "dtype": "F32", "shape": shape}]]})
     checkpoint_file.write(str(folder / "index.safetensors"), {}, index)
 
@@ -187,7 +187,7 @@ def test_an_error_that_cannot_travel_is_told_by_its_name(mesh):
 @pytest.mark.parametrize("step", ["shapes", "fill"])
 def test_a_save_beside_a_load(saved, mesh, monkeypatch, step):
     """The parts are removed under the hands of a load: it takes the new ones, unless it is one of several processes."""
-    work = getattr(checkpoint_sharded, step)
+    work = getattr(checkpoint_parts, step)
 
     def interrupted(*arguments):
         if len(calls) < 1:
@@ -195,7 +195,7 @@ def test_a_save_beside_a_load(saved, mesh, monkeypatch, step):
             bf.save(saved, tree(mesh, moved=True))
         return work(*arguments)
 
-    monkeypatch.setattr(checkpoint_sharded, step, interrupted)
+    monkeypatch.setattr(checkpoint_parts, step, interrupted)
     calls = []
     assert same(bf.load(saved), tree(moved=True))
     assert calls
